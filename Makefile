@@ -14,7 +14,12 @@ endif
 
 CSRC = $(shell find csrc -name '*.h' -o -name '*.cu' -o -name '*.cpp')
 
-.PHONY: demo test test-gpu build-cuda lint format wheel clean
+.PHONY: env demo test test-gpu build-cuda lint format wheel clean
+env: $(ENV)
+
+.venv/stamp: pyproject.toml constraints.txt .ci/environment
+	.ci/environment $(PYTHON)
+
 demo: $(ENV)
 	$(PY) examples/quickstart.py $(ARGS)
 
@@ -31,12 +36,12 @@ lint: $(ENV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run -Werror $(CSRC)
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run -Werror $(CSRC)
 
 format: $(ENV)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(PY) -m clang_format -i $(CSRC)
+	$(PY) -c 'import clang_format; clang_format.clang_format()' -i $(CSRC)
 
 wheel: $(ENV)
 	$(PY) -m build --wheel --no-isolation

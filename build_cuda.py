@@ -4,9 +4,9 @@
 stable ABI with the CUDA runtime linked statically, so neither a GPU nor a CUDA build of torch is
 needed: only nvcc, ninja and torch's headers.
 
-Environment: CUDA_HOME (where nvcc is, if not on PATH), MAX_JOBS (parallel compilations), HFP_ONLY
-(for development: a regular expression; only instances whose name, such as sm80_forward_bf16_64, it
-finds are built).
+Environment: CUDA_HOME (where nvcc is, if not on PATH), MAX_JOBS (parallel compilations); for the
+development of kernels HFP_ONLY (a regular expression: only instances are built whose name, such as
+sm80_forward_bf16_64, it finds) and HFP_SPILLS=warn (complaints of ptxas don't fail the build).
 """
 
 from __future__ import annotations
@@ -284,10 +284,11 @@ def build(
 
     ninja("objects")
     if complaints := ptxas_complaints(logs, csrc):
-        raise BuildError(
-            "ptxas complaints that no `// ptxas-spill-ok(kernel): reason` accepts:\n  "
-            + "\n  ".join(complaints)
-        )
+        heading = "ptxas complaints that no `// ptxas-spill-ok(kernel): reason` in csrc accepts:"
+        text = "\n  ".join([heading, *complaints])
+        if os.environ.get("HFP_SPILLS") != "warn":
+            raise BuildError(text)
+        print(text, file=sys.stderr)
     ninja(str(folder / LIBRARY))
     return folder / LIBRARY
 
