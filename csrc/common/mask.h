@@ -1,0 +1,120 @@
+// The one mask abstraction. A kernel asks three things and knows nothing else about masks:
+//   which key blocks a query tile meets (and which query tiles a key block meets, in backward),
+//   whether a block needs an element test,
+//   and the element rule: row i sees the keys of [row_limits(i)) whose bit is set.
+// Causal, windows, padding, caches and packed documents are all such a range of keys, whose ends do not decrease with the
+// row; that is what makes the block question a matter of four numbers.
+#pragma once
+
+#include "common/seqlen.h"
+#include "params.h"
+
+namespace hfp {
+
+struct Range {
+  int begin;
+  int end;
+  __device__ bool empty() const { return begin >= end; }
+};
+
+// Keys met by a tile of rows: some row sees a key only inside `any`; every row sees every key inside `all`.
+struct TileSpan {
+  Range any;
+  Range all;
+};
+
+// Blocks in the order in which a main loop takes them: from the last to the first, so that the partial blocks of a causal
+// mask come first.
+struct BlockCursor {
+  int block;
+  int first;
+  __device__ bool valid() const { return block >= first; }
+  __device__ void next() { --block; }
+};
+
+class Mask {
+ public:
+  __device__ Mask(const MaskParams& p, const Sequence& seq)
+      : p_(p), seq_(seq), shift_(seq.seqlen_k - seq.seqlen_q), keys_{0, seq.seqlen_k} {
+    if (p.key_range) {
+      keys_.begin = max(p.key_range[2 * seq.batch], 0);
+      keys_.end = min(p.key_range[2 * seq.batch + 1], seq.seqlen_k);
+    }
+    docs_ = p.doc_range ? p.doc_range + 2 * static_cast<int64_t>(seq.batch) * p.seqlen_q : nullptr;
+    bits_ = p.key_bits ? p.key_bits + seq.batch * p.key_bits_stride : nullptr;
+  }
+
+  // How far the diagonal lies to the right of the main diagonal: row i is at key position i + shift().
+  __device__ int shift() const { return shift_; }
+
+  // Keys that row i may see, bits aside.
+  __device__ Range row_limits(int i) const {
+    Range r = keys_;
+    if (p_.window_left >= 0) r.begin = max(r.begin, i + shift_ - p_.window_left);
+    if (p_.window_right >= 0) r.end = min(r.end, i + shift_ + p_.window_right + 1);
+    if (docs_) {
+      const int row = min(i, seq_.seqlen_q - 1);
+      r.begin = max(r.begin, docs_[2 * row]);
+      r.end = min(r.end, docs_[2 * row + 1]);
+    }
+    return r;
+  }
+
+  // Rows [begin, end) of the sequence, end > begin.
+  __device__ TileSpan tile_span(int begin, int end) const {
+    const Range first = row_limits(begin);
+    const Range last = row_limits(min(end, seq_.seqlen_q) - 1);
+    return {{first.begin, last.end}, {last.begin, first.end}};
+  }
+
+  template <int kBlockK>
+  __device__ BlockCursor key_blocks(const TileSpan& span) const {
+    const int begin = max(span.any.begin, 0);
+    const int end = min(span.any.end, seq_.seqlen_k);
+    if (begin >= end) return {-1, 0};
+    return {(end - 1) / kBlockK, begin / kBlockK};
+  }
+
+  // Whether some pair of the block is hidden although its tile meets it. Uniform over the tile.
+  template <int kBlockK>
+  __device__ bool is_partial(const TileSpan& span, int block) const {
+    const int begin = block * kBlockK;
+    if (begin < span.all.begin || begin + kBlockK > span.all.end) return true;
+    if (!bits_) return false;
+    uint32_t every = 0xffffffffu;
+#pragma unroll
+    for (int i = 0; i < kBlockK / 32; ++i) every &= bits_[begin / 32 + i];
+    return every != 0xffffffffu;
+  }
+
+  // The query tiles that meet keys [begin, end), as a range of rows. Documents only narrow the range where they are
+  // square, so the key's own document is also the range of rows that see it.
+  __device__ Range rows_meeting(int begin, int end) const {
+    Range keys{max(begin, keys_.begin), min(end, keys_.end)};
+    if (keys.empty()) return {0, 0};
+    Range rows{0, seq_.seqlen_q};
+    if (p_.window_right >= 0) rows.begin = max(rows.begin, keys.begin - shift_ - p_.window_right);
+    if (p_.window_left >= 0) rows.end = min(rows.end, keys.end - 1 - shift_ + p_.window_left + 1);
+    if (docs_) {
+      rows.begin = max(rows.begin, docs_[2 * keys.begin]);
+      rows.end = min(rows.end, docs_[2 * (keys.end - 1) + 1]);
+    }
+    return rows;
+  }
+
+  // Bits of keys [begin, begin + 32), begin a multiple of 32. Keys past the last word are hidden by row_limits already.
+  __device__ uint32_t key_word(int begin) const {
+    if (!bits_) return 0xffffffffu;
+    return begin < p_.seqlen_k ? bits_[begin / 32] : 0u;
+  }
+
+ private:
+  const MaskParams& p_;
+  const Sequence& seq_;
+  int shift_;
+  Range keys_;
+  const int* docs_;
+  const uint32_t* bits_;
+};
+
+}  // namespace hfp

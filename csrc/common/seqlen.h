@@ -1,0 +1,40 @@
+// Where one sequence of the batch lies, whether lengths vary or not.
+#pragma once
+
+#include "params.h"
+
+namespace hfp {
+
+struct Sequence {
+  int batch;
+  int64_t offset_q;  // first row in a variable-length tensor, else 0
+  int64_t offset_k;
+  int seqlen_q;
+  int seqlen_k;      // keys in use
+  int stored_k;      // keys in memory
+
+  __device__ Sequence(const MaskParams& p, int b)
+      : batch(b), offset_q(0), offset_k(0), seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k), stored_k(p.seqlen_k) {
+    if (p.cu_seqlens_q) {
+      offset_q = p.cu_seqlens_q[b];
+      offset_k = p.cu_seqlens_k[b];
+      seqlen_q = p.cu_seqlens_q[b + 1] - static_cast<int>(offset_q);
+      seqlen_k = stored_k = p.cu_seqlens_k[b + 1] - static_cast<int>(offset_k);
+    }
+    if (p.seqused_k) seqlen_k = min(max(p.seqused_k[b], 0), p.seqlen_k);
+  }
+
+  // First scratch row of this sequence, a multiple of kScratchTile. With variable lengths each sequence is given at most
+  // one spare tile, which keeps the offset a function of cu_seqlens_q[b] alone.
+  __device__ int64_t scratch_row(const MaskParams& p) const {
+    if (p.cu_seqlens_q) return (offset_q + static_cast<int64_t>(batch) * kScratchTile) / kScratchTile * kScratchTile;
+    return static_cast<int64_t>(batch) * ((p.seqlen_q + kScratchTile - 1) / kScratchTile) * kScratchTile;
+  }
+};
+
+template <typename T>
+__device__ T* row_pointer(const TensorView& t, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.row_stride + head * t.head_stride;
+}
+
+}  // namespace hfp

@@ -1,0 +1,129 @@
+#include "dispatch.h"
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+
+namespace hfp {
+namespace {
+
+enum class Arch { sm80, sm86, sm90 };
+enum class Direction { forward, backward };
+
+template <Direction>
+struct ParamsOf {
+  using type = AttentionParams;
+};
+template <>
+struct ParamsOf<Direction::backward> {
+  using type = BackwardParams;
+};
+template <Direction kDirection>
+using Run = void (*)(const typename ParamsOf<kDirection>::type&, cudaStream_t);
+
+}  // namespace
+
+#define HFP_INSTANCE(arch, direction, dtype, head_dim) \
+  void direction##_##arch##_##dtype##_##head_dim(const ParamsOf<Direction::direction>::type&, cudaStream_t);
+#include "instances_built.h"
+#undef HFP_INSTANCE
+
+namespace {
+
+struct Instance {
+  Arch arch;
+  Direction direction;
+  Dtype dtype;
+  int head_dim;
+  Run<Direction::forward> forward;
+  Run<Direction::backward> backward;
+  const char* name;
+};
+
+template <Direction kDirection>
+constexpr Instance instance(Arch arch, Dtype dtype, int head_dim, Run<kDirection> run, const char* name) {
+  if constexpr (kDirection == Direction::forward) {
+    return {arch, kDirection, dtype, head_dim, run, nullptr, name};
+  } else {
+    return {arch, kDirection, dtype, head_dim, nullptr, run, name};
+  }
+}
+
+const Instance kInstances[] = {
+#define HFP_INSTANCE(arch, direction, dtype, head_dim)                                                          \
+  instance<Direction::direction>(Arch::arch, Dtype::dtype, head_dim, direction##_##arch##_##dtype##_##head_dim, \
+                                 #arch " " #direction " " #dtype " " #head_dim),
+#include "instances_built.h"
+#undef HFP_INSTANCE
+};
+
+struct Device {
+  int capability = 0;  // 10 * major + minor
+  int shared_bytes = 0;
+};
+
+const Device& current_device() {
+  static std::array<Device, 64> cache;
+  int index = 0;
+  cudaGetDevice(&index);
+  Device& d = cache[index & 63];
+  if (d.capability == 0) {  // racing threads write the same values
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+    d.capability = 10 * major + minor;
+  }
+  return d;
+}
+
+// Preferred architectures of a device, best first. HFP_ARCH names one to force it, for tests.
+bool serves(Arch arch, const Device& d) {
+  static const char* forced = std::getenv("HFP_ARCH");
+  static const char* names[] = {"sm80", "sm86", "sm90"};
+  if (forced && *forced) return std::strcmp(forced, names[static_cast<int>(arch)]) == 0;
+  switch (arch) {
+    case Arch::sm80: return d.capability >= 80;
+    case Arch::sm86: return d.capability >= 80 && d.shared_bytes < 160 * 1024;
+    case Arch::sm90: return d.capability == 90;
+  }
+  return false;
+}
+
+// The smallest head_dim that holds the one asked for; among equals, the architecture nearest to the device.
+const Instance& find(Direction direction, Dtype dtype, int head_dim) {
+  const Device& device = current_device();
+  const Instance* best = nullptr;
+  for (const Instance& i : kInstances) {
+    if (i.direction != direction || i.dtype != dtype || i.head_dim < head_dim || !serves(i.arch, device)) continue;
+    if (!best || i.head_dim < best->head_dim || (i.head_dim == best->head_dim && i.arch > best->arch)) best = &i;
+  }
+  if (best) return *best;
+  throw std::runtime_error("hf_flash_patch: no compiled " + std::string(direction == Direction::forward ? "forward" : "backward") +
+                           " kernel for head_dim " + std::to_string(head_dim) + ", " +
+                           (dtype == Dtype::bf16 ? "bfloat16" : "float16") + ", compute capability " +
+                           std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10) +
+                           "; compiled are: " + compiled_instances() + ". Use backend=\"torch\" or rebuild with that instance.");
+}
+
+}  // namespace
+
+void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
+  find(Direction::forward, dtype, p.head_dim).forward(p, stream);
+}
+
+void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
+  find(Direction::backward, dtype, p.head_dim).backward(p, stream);
+}
+
+int backward_head_dim(int head_dim, Dtype dtype) { return find(Direction::backward, dtype, head_dim).head_dim; }
+
+std::string compiled_instances() {
+  std::string all;
+  for (const Instance& i : kInstances) all += (all.empty() ? "" : "; ") + std::string(i.name);
+  return all;
+}
+
+}  // namespace hfp

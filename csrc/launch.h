@@ -1,0 +1,44 @@
+// The only place that launches a kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace hfp {
+
+struct Launch {
+  const char* name;
+  int64_t blocks;
+  int threads;
+  int shared_bytes;
+  cudaStream_t stream;
+};
+
+inline void check(cudaError_t status, const char* name) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("hf_flash_patch: ") + name + ": " + cudaGetErrorString(status));
+}
+
+// Nothing is launched for zero blocks.
+template <auto kKernel, class Params>
+void launch(const Launch& l, const Params& params) {
+  if (l.blocks == 0) return;
+  if (l.blocks > 0x7fffffff) throw std::runtime_error(std::string("hf_flash_patch: ") + l.name + ": more than 2^31 - 1 tiles");
+  if (l.shared_bytes > 48 * 1024) {  // once a device: the call costs about a microsecond
+    static std::atomic<uint64_t> allowed{0};
+    int device = 0;
+    check(cudaGetDevice(&device), l.name);
+    const uint64_t bit = uint64_t{1} << (device & 63);
+    if (!(allowed.load(std::memory_order_relaxed) & bit)) {
+      check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared_bytes), l.name);
+      allowed.fetch_or(bit, std::memory_order_relaxed);
+    }
+  }
+  kKernel<<<static_cast<unsigned>(l.blocks), l.threads, l.shared_bytes, l.stream>>>(params);
+  check(cudaGetLastError(), l.name);
+}
+
+}  // namespace hfp

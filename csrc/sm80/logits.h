@@ -1,0 +1,106 @@
+// What happens to an accumulator of S between the two products, the same in both directions: softcap and ALiBi, the
+// element test of the mask, dropout. An accumulator tile is 16 x 8 per [i][j]; this thread's first element is at
+// (row + 16 i, col + 8 j).
+#pragma once
+
+#include "common/dropout.h"
+#include "common/mask.h"
+#include "sm80/traits.h"
+
+namespace hfp::sm80 {
+
+// tanh without the library's branches: absolute error 1e-7, which softcap multiplies by some 30.
+__device__ __forceinline__ float tanh_exp(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
+
+// Softcap and ALiBi.
+class LogitBias {
+ public:
+  __device__ LogitBias(const AttentionParams& p, int batch, int head)
+      : scale_(p.logit_scale),
+        softcap_(p.softcap),
+        inv_softcap_(p.softcap > 0.f ? 1.f / p.softcap : 0.f),
+        slope_(p.alibi_slopes ? p.alibi_slopes[batch * p.alibi_batch_stride + head] : 0.f) {}
+
+  // `distance` is query position minus key position.
+  __device__ float apply(float s, int distance) const {
+    s *= scale_;
+    if (softcap_ > 0.f) s = softcap_ * tanh_exp(s * inv_softcap_);
+    return fmaf(-slope_, fabsf(static_cast<float>(distance)), s);
+  }
+  // d softcap(x) / dx where the logit got probability p = 2^(logit * exp2_scale - lse_log2). Reading the logit back from p
+  // saves a register an element; where p has underflowed the result is multiplied by 0 and only has to be finite.
+  __device__ float derivative(float p, float lse_log2, int distance) const {
+    if (softcap_ <= 0.f) return 1.f;
+    constexpr float kLn2 = 0.69314718055994531f;
+    const float capped = fmaf(slope_, fabsf(static_cast<float>(distance)), (__log2f(p) + lse_log2) * kLn2);
+    const float t = fminf(fmaxf(capped * inv_softcap_, -1.f), 1.f);
+    return 1.f - t * t;
+  }
+
+ private:
+  float scale_, softcap_, inv_softcap_, slope_;
+};
+
+// Hides what the mask hides, element by element. `start` is the warp's first column: a multiple of 32, or of 16 if the warp
+// has no more than 16 columns.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_elements(const Mask& mask, float (&s)[kM][kN][4], int row, int start, int lane) {
+  const int lane_col = 2 * (lane & 3);
+  uint32_t words[(kN + 3) / 4];
+#pragma unroll
+  for (int w = 0; w < (kN + 3) / 4; ++w) {
+    const int first = start + 32 * w;
+    words[w] = mask.key_word(first & ~31) >> (first & 31) >> lane_col;
+  }
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const Range r = mask.row_limits(row + 16 * i + 8 * h);
+      const int begin = r.begin - start - lane_col, end = r.end - start - lane_col;
+#pragma unroll
+      for (int j = 0; j < kN; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int c = 8 * j + e;
+          const bool real = words[j / 4] >> (8 * (j % 4) + e) & 1u;
+          if (c < begin || c >= end || !real) s[i][j][2 * h + e] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// Softcap and ALiBi on every element.
+template <int kM, int kN>
+__device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[kM][kN][4], int row, int col, int shift) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int distance = row + 16 * i + 8 * (e / 2) + shift - (col + 8 * j + e % 2);
+        s[i][j][e] = bias.apply(s[i][j][e], distance);
+      }
+    }
+  }
+}
+
+// Keep bits of the accumulator, 16 a word: bit 4 * (j % 4) + e of keep[i][j / 4] is element [i][j][e]. row is the warp's
+// first row, a multiple of 16, and start as above.
+template <int kM, int kN>
+__device__ __forceinline__ void keep_elements(const Dropout& dropout, uint32_t (&keep)[kM][(kN + 3) / 4], int row, int start,
+                                              int lane) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+#pragma unroll
+    for (int w = 0; w < (kN + 3) / 4; ++w) {
+      const int first = start + 32 * w;
+      keep[i][w] = dropout.keep_bits(row + 16 * i, first & ~31, lane >> 2, lane & 3) >> (first & 31) / 2;
+    }
+  }
+}
+__device__ __forceinline__ bool kept(uint32_t word, int j, int e) { return word >> (4 * (j % 4) + e) & 1u; }
+
+}  // namespace hfp::sm80

@@ -1,0 +1,78 @@
+// Tile shapes. sm80 has 163 KB of shared memory a block; sm86 stands for the GPUs with 99 KB (8.6, 8.9, 12.x), where it
+// needs other shapes. Registers decide the rest: a thread holds 255.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace hfp::sm80 {
+
+struct sm80 {};
+struct sm86 {};
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// What a kernel is compiled for. Masks are always there and cost nothing in full blocks; what changes every logit or every
+// probability has its own instance.
+enum class Variant { kPlain, kDropout, kGeneral };  // kGeneral: softcap, ALiBi, any scale, with or without dropout
+
+template <class Arch, int kHeadDim>
+struct ForwardTraits {
+  // Accumulators of a warp with 32 rows: S 32 x kBlockK and O 32 x kHeadDim, together 192 registers a thread. Two blocks
+  // of four warps fill an SM's registers.
+  static constexpr int kBlockQ = 128;
+  static constexpr int kBlockK = kHeadDim <= 64 ? 128 : 64;
+  static constexpr int kWarps = 4;
+  static constexpr int kBlocksPerSM = 2;
+};
+template <>
+struct ForwardTraits<sm80, 256> {  // O alone is 128 registers for 16 rows; 128 KB
+  static constexpr int kBlockQ = 128;
+  static constexpr int kBlockK = 64;
+  static constexpr int kWarps = 8;
+  static constexpr int kBlocksPerSM = 1;
+};
+template <>
+struct ForwardTraits<sm86, 256> {  // 96 KB
+  static constexpr int kBlockQ = 64;
+  static constexpr int kBlockK = 64;
+  static constexpr int kWarps = 4;
+  static constexpr int kBlocksPerSM = 1;
+};
+
+// Eight warps: S and dP are split kWarpsQ x (8 / kWarpsQ) over rows and keys, dK and dV kWarpsK x (8 / kWarpsK) over keys
+// and columns, dQ kWarpsDq x (8 / kWarpsDq) over rows and columns.
+template <int kBlockQ_, int kBlockK_, int kWarps_, int kWarpsQ_, int kWarpsK_, int kWarpsDq_, int kStagesQ_>
+struct BackwardShape {
+  static constexpr int kBlockQ = kBlockQ_;
+  static constexpr int kBlockK = kBlockK_;
+  static constexpr int kWarps = kWarps_;
+  static constexpr int kWarpsQ = kWarpsQ_;
+  static constexpr int kWarpsK = kWarpsK_;
+  static constexpr int kWarpsDq = kWarpsDq_;
+  static constexpr int kStagesQ = kStagesQ_;  // 2: the next Q is loaded a whole step ahead
+};
+template <class Arch, int kHeadDim>
+struct BackwardTraits;
+template <>
+struct BackwardTraits<sm80, 32> : BackwardShape<128, 128, 8, 4, 8, 8, 2> {};
+template <>
+struct BackwardTraits<sm80, 64> : BackwardShape<128, 128, 8, 4, 4, 4, 2> {};
+template <>
+struct BackwardTraits<sm80, 96> : BackwardShape<64, 128, 8, 2, 8, 4, 2> {};
+template <>
+struct BackwardTraits<sm80, 128> : BackwardShape<64, 128, 8, 2, 4, 2, 2> {};
+template <>
+struct BackwardTraits<sm80, 256> : BackwardShape<64, 64, 8, 4, 2, 4, 1> {};
+template <>
+struct BackwardTraits<sm86, 32> : BackwardShape<64, 128, 8, 2, 8, 4, 2> {};
+template <>
+struct BackwardTraits<sm86, 64> : BackwardShape<64, 128, 8, 2, 4, 4, 2> {};
+template <>
+struct BackwardTraits<sm86, 96> : BackwardShape<64, 64, 4, 2, 4, 4, 2> {};
+template <>
+struct BackwardTraits<sm86, 128> : BackwardShape<64, 64, 8, 2, 4, 2, 2> {};
+template <>
+struct BackwardTraits<sm86, 256> : BackwardShape<32, 32, 4, 2, 1, 2, 1> {};
+
+}  // namespace hfp::sm80
