@@ -1,0 +1,32 @@
+"""Exact, fast attention for transformers models, in one line: `hf_flash_patch.patch(model)`.
+
+Importing the package registers the attention name "hfp" with transformers and touches no model.
+"""
+
+from .errors import (
+    ContextExtensionError,
+    MaskError,
+    UnsupportedKernelError,
+    UnsupportedModelError,
+)
+from .integration.registry import register as _register
+from .ops.functional import flash_attn_func, flash_attn_varlen_func
+from .patch import Patch, patch, patched, unpatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextExtensionError",
+    "MaskError",
+    "Patch",
+    "UnsupportedKernelError",
+    "UnsupportedModelError",
+    "__version__",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "patch",
+    "patched",
+    "unpatch",
+]
+
+_register()

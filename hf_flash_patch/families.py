@@ -1,0 +1,161 @@
+"""One table row per model family: what is causal, how positions enter, where their table is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a family of models has in common.
+
+    Attributes:
+        name: as people call it.
+        model_types: `config.model_type` of its members.
+        causal: whether a token sees earlier tokens only (a config may override: is_decoder, is_causal).
+        positions: "learned" (an absolute table), "rope", "relative", "alibi" or "sinusoidal".
+        table: path of the position table below the base model, or of the module that holds the rotary frequencies.
+        length: config attribute that states the maximum context in tokens.
+        reserved_rows: rows of the table before position 0 (RoBERTa keeps two).
+        buffers: paths of buffers as long as the table.
+        fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute in any case.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    causal: bool
+    positions: str
+    table: str
+    length: str = "max_position_embeddings"
+    reserved_rows: int = 0
+    buffers: tuple[str, ...] = ()
+    fp32_scores: str | None = None
+
+
+_BERT_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+FAMILIES = (
+    Family(
+        "BERT-like",
+        (
+            "bert",
+            "electra",
+            "albert",
+            "ernie",
+            "bert-generation",
+            "nezha",
+            "mobilebert",
+            "splinter",
+            "layoutlm",
+        ),
+        causal=False,
+        positions="learned",
+        table="embeddings.position_embeddings",
+        buffers=_BERT_BUFFERS,
+    ),
+    Family(
+        "RoBERTa-like",
+        (
+            "roberta",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "camembert",
+            "data2vec-text",
+            "roberta-prelayernorm",
+            "xmod",
+        ),
+        causal=False,
+        positions="learned",
+        table="embeddings.position_embeddings",
+        reserved_rows=2,
+        buffers=_BERT_BUFFERS,
+    ),
+    Family(
+        "DistilBERT",
+        ("distilbert",),
+        causal=False,
+        positions="learned",
+        table="embeddings.position_embeddings",
+        buffers=("embeddings.position_ids",),
+    ),
+    Family(
+        "ModernBERT-like",
+        ("modernbert", "eurobert", "nomic_bert"),
+        causal=False,
+        positions="rope",
+        table="rotary_emb",
+    ),
+    Family(
+        "GPT-2-like",
+        ("gpt2", "gpt_bigcode", "decision_transformer"),
+        causal=True,
+        positions="learned",
+        table="wpe",
+        length="n_positions",
+        fp32_scores="reorder_and_upcast_attn",
+    ),
+    Family(
+        "OPT",
+        ("opt", "biogpt"),
+        causal=True,
+        positions="learned",
+        table="decoder.embed_positions",
+        reserved_rows=2,
+    ),
+    Family(
+        "LLaMA-like",
+        (
+            "llama",
+            "mistral",
+            "mixtral",
+            "qwen2",
+            "qwen2_moe",
+            "qwen3",
+            "qwen3_moe",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "olmo",
+            "olmo2",
+            "olmo3",
+            "cohere",
+            "cohere2",
+            "granite",
+            "glm",
+            "glm4",
+            "starcoder2",
+            "stablelm",
+            "smollm3",
+            "gpt_neox",
+            "gpt_oss",
+            "helium",
+            "nemotron",
+            "persimmon",
+            "arcee",
+            "ministral",
+            "exaone4",
+            "ernie4_5",
+            "hunyuan_v1_dense",
+            "seed_oss",
+            "apertus",
+            "deepseek_v3",
+        ),
+        causal=True,
+        positions="rope",
+        table="rotary_emb",
+    ),
+)
+
+_BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+# Modules named for attention that are not attention from token to token, or of a few queries only; a model that
+# otherwise goes through AttentionInterface keeps them as they are.
+NOT_TOKEN_ATTENTION = ("Pool", "Deformable", "AttentionMap")
+
+
+def family_of(config: Any) -> Family | None:
+    """The row of the model that `config` describes, or None: served all the same, but unknown to the table."""
+    return _BY_MODEL_TYPE.get(getattr(config, "model_type", None))

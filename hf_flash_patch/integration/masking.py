@@ -1,0 +1,321 @@
+"""transformers' mask request -> one small object, computed once per forward and handed to every layer.
+
+transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What the kernels can
+express (causal, windows, padding, documents, a cache longer than what is used) becomes a few numbers and tensors
+linear in the sequence, on the device and without a host sync. Every other request is materialised, by transformers'
+own code, as a dense boolean mask: exact, for the torch backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
+from transformers.utils.import_utils import is_tracing
+
+from ..ops.arguments import MaskArguments
+from ..ops.padding import pack_key_padding
+from . import packing
+from .patterns import Pattern, read_mask_function
+
+_AND_MASK_CODE = and_masks(causal_mask_function).__code__
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """Who may see whom, for every layer of one forward. Positions are those of the key tensor's rows.
+
+    Attributes:
+        batch_size, seqlen_q, seqlen_k: sizes of the attention it was made for.
+        causal, window_size: as in `ops`, bottom-right aligned to seqused_k if given, else to seqlen_k.
+        seqused_k: int32 (batch,) or None; keys from there on are unused slots of a cache.
+        key_padding: bool (batch, seqlen_k) or None; True where the key is real.
+        key_range, key_bits: the same for the kernels (ops.padding).
+        doc_range: int32 (batch, seqlen, 2) or None; packed documents and chunks.
+        dense: bool (batch, 1, seqlen_q, seqlen_k) or None; what none of the above can say.
+        device: where its tensors are.
+    """
+
+    batch_size: int
+    seqlen_q: int
+    seqlen_k: int
+    causal: bool
+    window_size: tuple[int, int]
+    device: torch.device
+    seqused_k: torch.Tensor | None = None
+    key_padding: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    key_bits: torch.Tensor | None = None
+    doc_range: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    _packed: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    # What transformers and accelerate ask of a mask they did not make.
+    ndim = 4
+    dtype = torch.bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, 1, seqlen_q, seqlen_k), as of the dense mask it stands for."""
+        return torch.Size((self.batch_size, 1, self.seqlen_q, self.seqlen_k))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
+        """The same mask on `device` (accelerate moves what a layer is given to the layer's device)."""
+        names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
+        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        moved = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in moved.items()
+        }
+        return replace(self, device=torch.device(device), _packed={}, **moved)
+
+    def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """Ranges of the documents that `position_ids`, int (batch or 1, seqlen), tell apart; None if there is one.
+
+        Computed once a forward: the layers of a model share the mask and the tensor. On a CUDA device the answer is
+        never None, since knowing that there is one document only would take a sync.
+        """
+        if not torch.compiler.is_compiling() and self._packed.get("of") is position_ids:
+            return self._packed["ranges"]
+        boundary = packing.boundaries_from_position_ids(position_ids, self.key_padding)
+        if _may_read(boundary) and not boundary.any():
+            ranges = None
+        else:
+            ranges = packing.ranges_from_boundaries(boundary).expand(self.batch_size, -1, -1)
+        if not torch.compiler.is_compiling():
+            self._packed.update(of=position_ids, ranges=ranges)
+        return ranges
+
+    def arguments(self, doc_range: torch.Tensor | None = None) -> MaskArguments:
+        """What `ops` takes, `doc_range` included."""
+        return MaskArguments(
+            seqused_k=self.seqused_k,
+            key_range=self.key_range,
+            key_bits=self.key_bits,
+            doc_range=packing.intersect(self.doc_range, doc_range),
+            attn_bias=self.dense,
+        )
+
+    def materialise(self, doc_range: torch.Tensor | None = None) -> torch.Tensor:
+        """The dense mask, bool (batch, 1, seqlen_q, seqlen_k); quadratic memory.
+
+        Args:
+            doc_range: further ranges, int32 (batch, seqlen, 2), to intersect with.
+        """
+        key = torch.arange(self.seqlen_k, device=self.device)
+        used = self.seqlen_k if self.seqused_k is None else self.seqused_k.view(-1, 1, 1, 1)
+        # The key position on a query's own diagonal.
+        diagonal = torch.arange(self.seqlen_q, device=self.device)[:, None] + (used - self.seqlen_q)
+        visible = (key < used).expand(self.shape)
+        if self.causal:
+            visible = visible & (key <= diagonal)
+        left, right = self.window_size
+        if left >= 0:
+            visible = visible & (key >= diagonal - left)
+        if right >= 0:
+            visible = visible & (key <= diagonal + right)
+        if self.key_padding is not None:
+            visible = visible & self.key_padding[:, None, None, :]
+        if self.key_range is not None:
+            visible = visible & _in_range(key, self.key_range[:, None, None, :])
+        ranges = packing.intersect(self.doc_range, doc_range)
+        if ranges is not None:
+            visible = visible & _in_range(key, ranges[:, None])
+        return visible if self.dense is None else visible & self.dense
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """An index into the dense mask, for models that cut the mask themselves."""
+        return self.materialise()[index]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """A torch function of a mask is computed on the dense mask, for models that edit the mask themselves."""
+
+        def dense(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(dense(item) for item in value)
+            return value.materialise() if isinstance(value, AttentionMask) else value
+
+        return func(*dense(args), **{name: dense(value) for name, value in (kwargs or {}).items()})
+
+
+def hfp_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | AttentionMask | None = None,
+    *,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> AttentionMask:
+    """The mask function registered with transformers; never returns None, so that a mask cannot be lost.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the attention.
+        q_offset: position of the first query; a tensor of one element where the cache is static.
+        kv_offset: position of the first key (sliding caches drop old keys).
+        mask_function: (batch, head, query, key) -> bool on positions.
+        attention_mask: bool (batch, seen tokens) or None; or what this function returned, which is returned again.
+        local_size: window or chunk of local attention.
+        use_vmap: True where a caller put a function of their own on top.
+        config: the model's.
+        device: where to make tensors.
+        **kwargs: hints for other implementations (skips of masks, dtype).
+    """
+    if isinstance(attention_mask, AttentionMask):
+        return attention_mask
+    request = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    bidirectional = "allow_is_bidirectional_skip" in kwargs
+    pattern = _read(request, local_size, bidirectional, config)
+    mask = None if pattern is None else _compact(pattern, request)
+    if mask is not None:
+        return mask
+    dense = sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    dense = dense.expand(batch_size, -1, q_length, kv_length)
+    return AttentionMask(
+        batch_size, q_length, kv_length, False, (-1, -1), dense.device, dense=dense
+    )
+
+
+def _read(
+    request: dict[str, Any], local_size: int | None, bidirectional: bool, config: Any
+) -> Pattern | None:
+    """The request's mask function as a `Pattern`, or None where it must be materialised."""
+    function = request["mask_function"]
+    if function is causal_mask_function:
+        return Pattern(causal=True)
+    if function is bidirectional_mask_function:
+        return Pattern()
+    if request["use_vmap"]:
+        return None  # a caller's own overlay
+    if not torch.compiler.is_compiling():
+        return read_mask_function(function)
+    # While torch.compile traces, a function that looks up a tensor (packed documents, chunks) cannot be called on
+    # symbols. transformers packs only where there is neither padding nor a cache, and never bidirectionally.
+    chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
+    starts_empty = isinstance(request["q_offset"], int) and request["q_offset"] == 0
+    square = (
+        starts_empty and request["kv_offset"] == 0 and request["q_length"] == request["kv_length"]
+    )
+    packed = square and request["attention_mask"] is None and not bidirectional
+    if not packed and not chunked:
+        return read_mask_function(function)
+    if not square or function.__code__ is not _AND_MASK_CODE:
+        return None
+    # What remains is transformers' own "causal, same chunk, same document": a token sees its predecessor unless a
+    # document or a chunk starts, so one diagonal of the mask (linear memory) says where they do.
+    window = -1 if chunked or local_size is None else local_size - 1
+    return Pattern(causal=True, window_left=window, documents=_documents_on_diagonal(request))
+
+
+def _documents_on_diagonal(request: dict[str, Any]) -> torch.Tensor:
+    """Document numbers, int (batch, seqlen), from the mask function's values at (q, q - 1)."""
+    query = torch.arange(request["q_length"], device=request["device"])[None]
+    batch = torch.arange(request["batch_size"], device=request["device"])[:, None]
+    sees_previous = request["mask_function"](
+        batch, torch.zeros_like(batch), query, (query - 1).clamp(min=0)
+    )
+    return (~sees_previous.expand(request["batch_size"], -1)).cumsum(dim=1)
+
+
+def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
+    """The `AttentionMask` of linear size for `pattern`, or None if the kernels' rules cannot express it."""
+    batch_size, seqlen_q, seqlen_k = (
+        request["batch_size"],
+        request["q_length"],
+        request["kv_length"],
+    )
+    padding = request["attention_mask"]
+    if padding is not None and padding.ndim != 2:
+        return None
+    device = torch.device(request["device"])
+    first = request["q_offset"] - request["kv_offset"]  # key position of the first query
+    aligned = pattern.causal or pattern.window_left >= 0 or pattern.window_right >= 0
+
+    # The rules are aligned to the last used key, which must be the last query's own.
+    seqused_k = None
+    if isinstance(first, torch.Tensor):
+        seqused_k = (first + seqlen_q).reshape(1).to(device, torch.int32).expand(batch_size)
+    elif aligned and first + seqlen_q > seqlen_k:
+        return None
+    elif aligned and first + seqlen_q < seqlen_k:
+        seqused_k = torch.full((batch_size,), first + seqlen_q, dtype=torch.int32, device=device)
+
+    doc_range = key_range = key_bits = None
+    square = not isinstance(first, torch.Tensor) and first == 0 and seqlen_q == seqlen_k
+    if pattern.documents is not None:
+        if not square:
+            return None
+        doc_range = packing.ranges_from_boundaries(packing.boundaries_from_ids(pattern.documents))
+    if pattern.chunk_size:
+        if not square and seqlen_q != 1:
+            return None
+        chunks = packing.chunk_ranges(pattern.chunk_size, pattern.chunk_origin, first, seqlen_q)
+        chunks = chunks.expand(batch_size, -1, -1).clamp(0, seqlen_k)
+        if seqlen_q == 1:
+            key_range = chunks[:, 0]
+        else:
+            doc_range = packing.intersect(doc_range, chunks)
+
+    key_padding = _key_padding(padding, request["kv_offset"], seqlen_k, batch_size)
+    if key_padding is not None:
+        padded_range, key_bits = pack_key_padding(key_padding)
+        key_range = packing.intersect(key_range, padded_range)
+    return AttentionMask(
+        batch_size=batch_size,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        causal=pattern.causal,
+        window_size=(pattern.window_left, pattern.window_right),
+        device=device,
+        seqused_k=seqused_k,
+        key_padding=key_padding,
+        key_range=None if key_range is None else key_range.contiguous(),
+        key_bits=key_bits,
+        doc_range=None if doc_range is None else doc_range.expand(batch_size, -1, -1),
+    )
+
+
+def _key_padding(
+    padding: torch.Tensor | None, kv_offset: int, seqlen_k: int, batch_size: int
+) -> torch.Tensor | None:
+    """The columns of the padding mask that the keys stand for, bool (batch, seqlen_k); None if all are known real."""
+    if padding is None:
+        return None
+    columns = padding[:, kv_offset : kv_offset + seqlen_k].bool()
+    # A static cache is longer than the tokens seen so far.
+    columns = F.pad(columns, (0, seqlen_k - columns.shape[1]), value=False).expand(batch_size, -1)
+    return None if _may_read(columns) and columns.all() else columns
+
+
+def _in_range(key: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    return (key >= ranges[..., :1]) & (key < ranges[..., 1:])
+
+
+def _may_read(tensor: torch.Tensor) -> bool:
+    """Whether looking at values costs no device sync and breaks no trace."""
+    return tensor.device.type == "cpu" and not is_tracing(tensor)

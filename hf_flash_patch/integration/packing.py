@@ -1,0 +1,86 @@
+"""Documents packed in one row, as the range of keys each token's own document covers; on the device, without a sync.
+
+All ranges are int32 (batch, seqlen, 2): start and stop of the document a token belongs to.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def ranges_from_boundaries(boundary: torch.Tensor) -> torch.Tensor:
+    """Document ranges, given where documents start.
+
+    Args:
+        boundary: bool (batch, seqlen); True at the first token of every document but a row's first, where it is free.
+
+    Returns:
+        int32 (batch, seqlen, 2).
+    """
+    seqlen = boundary.shape[1]
+    index = torch.arange(seqlen, device=boundary.device).expand_as(boundary)
+    start = torch.where(boundary, index, 0).cummax(dim=1).values
+    next_start = F.pad(torch.where(boundary, index, seqlen)[:, 1:], (0, 1), value=seqlen)
+    stop = next_start.flip(1).cummin(dim=1).values.flip(1)
+    return torch.stack((start, stop), dim=-1).int()
+
+
+def boundaries_from_ids(ids: torch.Tensor) -> torch.Tensor:
+    """bool (batch, seqlen): where the document number in `ids`, int (batch, seqlen), changes."""
+    return F.pad(ids[:, 1:] != ids[:, :-1], (1, 0))
+
+
+def boundaries_from_position_ids(
+    position_ids: torch.Tensor, key_padding: torch.Tensor | None = None
+) -> torch.Tensor:
+    """bool (batch, seqlen): where a new document starts, judging by int `position_ids` (batch or 1, seqlen).
+
+    Without a padding mask a document ends where the next position is not the next integer, as in transformers'
+    own packing detection. With one, bool (batch, seqlen) and True where a token is real, positions are compared from
+    real token to real token, and only a position that does not rise starts a document: what stands at padding means
+    nothing (left padding reads 1, 1, 0, 1, ... in generate), and holes may be counted or not.
+    """
+    if key_padding is None:
+        return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    position_ids = position_ids.expand(key_padding.shape[0], -1)
+    index = torch.arange(position_ids.shape[1], device=position_ids.device)
+    last_real = torch.where(key_padding, index, -1).cummax(dim=1).values
+    previous = F.pad(
+        last_real[:, :-1], (1, 0), value=-1
+    )  # the nearest real token to the left; -1: none
+    restarts = position_ids <= position_ids.gather(1, previous.clamp(min=0))
+    return key_padding & (previous >= 0) & restarts
+
+
+def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """Document ranges (1, seqlen, 2) of one row, from cumulative lengths int (num_documents + 1,)."""
+    index = torch.arange(seqlen, device=cu_seqlens.device)
+    # Tokens past the last document, if any, form one of their own.
+    edges = F.pad(cu_seqlens.long(), (0, 1), value=seqlen)
+    document = torch.searchsorted(edges[1:].contiguous(), index, right=True)
+    return torch.stack((edges[document], edges[document + 1]), dim=-1).int()[None]
+
+
+def chunk_ranges(
+    chunk_size: int, origin: torch.Tensor, first: int | torch.Tensor, seqlen: int
+) -> torch.Tensor:
+    """Ranges (batch, seqlen, 2) of chunked attention, for tokens at key positions first .. first + seqlen - 1.
+
+    Args:
+        chunk_size: tokens in a chunk.
+        origin: int (batch,); where each row's first chunk starts (its left padding).
+        first: key position of the first token; an int, or a tensor of one element on the device.
+        seqlen: number of tokens.
+    """
+    position = torch.arange(seqlen, device=origin.device) + first
+    start = (position - origin[:, None]).div(
+        chunk_size, rounding_mode="floor"
+    ) * chunk_size + origin[:, None]
+    return torch.stack((start, start + chunk_size), dim=-1).int()
+
+
+def intersect(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """Intersection of two ranges (..., 2); None stands for everything."""
+    if a is None or b is None:
+        return b if a is None else a
+    start = torch.maximum(a[..., 0], b[..., 0])
+    return torch.stack((start, torch.maximum(start, torch.minimum(a[..., 1], b[..., 1]))), dim=-1)

@@ -1,0 +1,414 @@
+"""patch(): plan, validate everything, apply, verify, restore."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import importlib.util
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from .errors import UnsupportedKernelError, UnsupportedModelError
+from .families import family_of
+from .integration.registry import ATTENTION_NAME, register
+from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
+from .ops.library import extension_status
+from .report import ModuleRow, Report
+
+BACKENDS = ("auto", "cuda", "torch", "flash_attn")
+
+# Model -> the patch on it. Weak: a patch must not keep a model alive.
+_patched: weakref.WeakKeyDictionary[nn.Module, Patch] = weakref.WeakKeyDictionary()
+
+
+def patch(
+    model: nn.Module,
+    *,
+    max_length: int | None = None,
+    rope: str | dict = "auto",
+    positions: str = "auto",
+    mask: Any = None,
+    tokenizer: Any = None,
+    backend: str = "auto",
+    strict: bool = True,
+) -> Patch:
+    """Make a transformers model compute its attention here; exact, and undone by `Patch.restore()`.
+
+    Args:
+        model: a PreTrainedModel, a PeftModel, or any module around one.
+        max_length: maximum context in tokens; not available yet.
+        rope: how to scale RoPE; not available yet.
+        positions: how to grow a learned position table; not available yet.
+        mask: a sparse attention pattern; not available yet.
+        tokenizer: follows `max_length`; without it, nothing happens to a tokenizer.
+        backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda" (the compiled
+            kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn package). "auto" keeps what
+            `model.config.hfp` says, so that a reloaded model needs no arguments.
+        strict: raise if any attention module cannot be served; False: those keep their own attention, with one
+            warning, and the reason stands in the report.
+
+    Returns:
+        A `Patch`: the report as text, HTML and data, `restore()`, and a context manager that restores.
+
+    Raises:
+        UnsupportedModelError: nothing to patch, something cannot be served, patched already, or compiled or sharded.
+            The model is as it was.
+        UnsupportedKernelError: the backend is unknown or not available here. The model is as it was.
+        NotImplementedError: max_length, rope, positions or mask was given.
+    """
+    _refuse_unavailable(max_length=max_length, rope=rope, positions=positions, mask=mask)
+    _refuse_wrapped(model)
+    roots = pretrained_roots(model)
+    if not roots:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model and holds none; patch takes a PreTrainedModel, a "
+            "PeftModel, or a module around one."
+        )
+    for root in roots:
+        _refuse_patched(root)
+    settings = {"backend": _chosen_backend(backend, roots[0].config)}
+    plans = [_plan(root, strict) for root in roots]
+    register()  # a second interpreter-wide import of transformers must not have lost it
+    return Patch(roots, plans, settings)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Restore `model` to what it was before `patch(model)`.
+
+    Raises:
+        UnsupportedModelError: the model is not patched.
+    """
+    found = [_patched[root] for root in pretrained_roots(model) if root in _patched]
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__} is not patched; nothing to undo.")
+    for applied in found:
+        applied.restore()
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **settings: Any) -> Iterator[Patch]:
+    """`patch(model, **settings)` for the time of a with block; same arguments, same errors."""
+    with patch(model, **settings) as applied:
+        yield applied
+
+
+class Patch:
+    """A patch on a model; made by `patch`.
+
+    Attributes:
+        reports: one `Report` for each transformers model found in what was patched (one, as a rule).
+        backend: the backend in force.
+    """
+
+    def __init__(self, roots: list[PreTrainedModel], plans: list[_Plan], settings: dict[str, Any]):
+        self.backend = settings["backend"]
+        self.reports: tuple[Report, ...] = ()
+        self._undo = contextlib.ExitStack()
+        self._roots = [weakref.ref(root) for root in roots]
+        with self._undo as undo:  # an error below undoes what was done
+            for root, plan in zip(roots, plans, strict=True):
+                _apply(root, plan, settings, undo)
+            self.reports = tuple(
+                _report(root, plan, settings) for root, plan in zip(roots, plans, strict=True)
+            )
+            for root in roots:
+                _patched[root] = self
+            self._undo = undo.pop_all()
+        for plan in plans:
+            for text in plan.warnings:
+                warnings.warn(text, stacklevel=3)
+
+    def restore(self) -> None:
+        """Give the model its exact prior state back. A second call does nothing."""
+        self._undo.close()
+        for reference in self._roots:
+            root = reference()
+            if root is not None and _patched.get(root) is self:
+                del _patched[root]
+
+    def to_dict(self) -> dict:
+        """The report as plain data; a list under "models" if more than one was patched."""
+        data = [report.to_dict() for report in self.reports]
+        return data[0] if len(data) == 1 else {"models": data}
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(report) for report in self.reports)
+
+    def __repr__(self) -> str:
+        models = ", ".join(report.model for report in self.reports)
+        return f"Patch({models}, backend={self.backend!r})"
+
+    def _repr_html_(self) -> str:
+        return "".join(report._repr_html_() for report in self.reports)
+
+
+@dataclass
+class _Plan:
+    """What is to happen to one model; nothing has been touched yet."""
+
+    modules: list[AttentionModule]
+    before: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+
+    def of(self, status: str) -> list[AttentionModule]:
+        return [module for module in self.modules if module.status == status]
+
+
+def _refuse_unavailable(*, max_length: Any, rope: Any, positions: Any, mask: Any) -> None:
+    given = {
+        "max_length": max_length is not None,
+        "rope": rope != "auto",
+        "positions": positions != "auto",
+        "mask": mask is not None,
+    }
+    for name, is_given in given.items():
+        if is_given:
+            raise NotImplementedError(f"patch({name}=...) is not available yet; leave {name} out.")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse what holds on to the attention it was made with."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    for name, module in model.named_modules():
+        where = name or type(module).__name__
+        if (
+            isinstance(module, OptimizedModule)
+            or getattr(module, "_compiled_call_impl", None) is not None
+        ):
+            raise UnsupportedModelError(
+                f"{where} is compiled; patch the model first, then torch.compile it (or patch the original module)."
+            )
+        # Both FSDP generations, by name: torch.distributed may be absent from a build.
+        if {"FullyShardedDataParallel", "FSDPModule"} & {
+            base.__name__ for base in type(module).__mro__
+        }:
+            raise UnsupportedModelError(
+                f"{where} is sharded by FSDP; patch the model first, then shard it."
+            )
+
+
+def _refuse_patched(root: PreTrainedModel) -> None:
+    mine = set(map(id, root.modules()))
+    for other, applied in list(_patched.items()):
+        if any(id(module) in mine for module in other.modules()):
+            raise UnsupportedModelError(
+                f"{type(root).__name__} is patched already, by {applied!r}; call its restore(), or unpatch(model), first."
+            )
+
+
+def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
+    if backend == "auto":
+        backend = (getattr(config, "hfp", None) or {}).get("backend", "auto")
+    if backend not in BACKENDS:
+        raise UnsupportedKernelError(
+            f"backend={backend!r}; allowed are {', '.join(map(repr, BACKENDS))}."
+        )
+    if backend == "cuda" and not extension_status().loaded:
+        raise UnsupportedKernelError(
+            f'backend="cuda" needs the compiled kernels: {extension_status().reason} '
+            'Use backend="auto" or "torch" without them.'
+        )
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise UnsupportedKernelError(
+            'backend="flash_attn" needs the package flash-attn, which is not installed.'
+        )
+    return backend
+
+
+def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
+    name = type(root).__name__
+    modules = survey(root)
+    plan = _Plan(modules, {module.name: _implementation(module.module) for module in modules})
+    served, unsupported = plan.of("served"), plan.of("unsupported")
+    if any(getattr(config, "output_attentions", False) for config in configs_of(root)):
+        raise UnsupportedModelError(
+            f"{name} has config.output_attentions=True; attention weights are never formed here. "
+            "Set it to False, or keep the eager implementation."
+        )
+    if unsupported:
+        reasons = {module.class_name: module.reason for module in unsupported}
+        text = "; ".join(f"{class_name} {reason}" for class_name, reason in reasons.items())
+        if strict:
+            raise UnsupportedModelError(
+                f"{name} cannot be patched as a whole: {text}. With strict=False these modules keep their own "
+                f"attention ({len(served)} others would be patched)."
+            )
+        plan.warnings.append(
+            f"{name}: {text}; {len(unsupported)} modules keep their own attention."
+        )
+    elif not served:
+        raise UnsupportedModelError(
+            f"{name} has no attention that goes through transformers' AttentionInterface."
+        )
+    return plan
+
+
+def _apply(
+    root: PreTrainedModel, plan: _Plan, settings: dict[str, Any], undo: contextlib.ExitStack
+) -> None:
+    """Switch the served modules of `root`; `undo` collects the way back."""
+    owners = _other_owners(root)
+    if owners:
+        plan.warnings.append(
+            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a copy of its own now, "
+            "so that the other model keeps its attention. restore() gives the shared one back."
+        )
+        _give_own_configs(root, undo)
+    # Configs were replaced above, so the modules' configs are read only now.
+    configs = configs_of(root)
+    for config in configs:
+        undo.callback(_set_state, config, dict(vars(config)))
+    untouchable = {
+        id(module.module.config)
+        for module in plan.of("unsupported")
+        if hasattr(module.module, "config")
+    }
+    served = [module for module in plan.of("served") if id(module.module.config) not in untouchable]
+    if served:
+        with _quiet_transformers():
+            root.set_attn_implementation(ATTENTION_NAME)
+    for config in configs:
+        vars(config).pop(
+            "_attn_was_changed", None
+        )  # transformers' own marker, which it forgets on nested configs
+    for module in served:
+        # set_attn_implementation misses configs that a model copied for a part of itself (T5's encoder).
+        if module.module.config._attn_implementation != ATTENTION_NAME:
+            module.module.config._attn_implementation_internal = ATTENTION_NAME
+    for module in plan.of("unsupported"):
+        if hasattr(module.module, "config"):
+            module.module.config._attn_implementation_internal = plan.before[module.name]
+    for config in {
+        id(config): config for config in [root.config, *(m.module.config for m in served)]
+    }.values():
+        config.hfp = dict(settings)
+    for module in served:
+        if not calls_us(module.module):
+            raise UnsupportedModelError(
+                f"{type(root).__name__}: {module.name} ({module.class_name}) does not call the attention that was "
+                "set; the model is as it was."
+            )
+
+
+def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
+    """Put back what a patch may change in a config, and nothing else."""
+    for name in ("_attn_implementation_internal", "hfp"):
+        if name in state:
+            vars(config)[name] = state[name]
+        else:
+            vars(config).pop(name, None)
+    if "_attn_was_changed" not in state:
+        vars(config).pop("_attn_was_changed", None)
+
+
+def _other_owners(root: PreTrainedModel) -> list[str]:
+    """Class names of living models, neither inside nor around `root`, that use one of its config objects."""
+    configs = set(map(id, configs_of(root)))
+    mine = set(map(id, root.modules()))
+    names = []
+    for candidate in gc.get_objects():
+        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
+        if not issubclass(type(candidate), PreTrainedModel) or id(candidate) in mine:
+            continue
+        if id(vars(candidate).get("config")) in configs and not any(
+            id(m) in mine for m in candidate.modules()
+        ):
+            names.append(type(candidate).__name__)
+    return names
+
+
+def _give_own_configs(root: PreTrainedModel, undo: contextlib.ExitStack) -> None:
+    """Replace every config object in `root` by a copy, nested ones consistently."""
+    memo: dict[int, Any] = {}
+    replacements = {id(config): copy.deepcopy(config, memo) for config in configs_of(root)}
+    for module in root.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in replacements:
+                undo.callback(_put_back, weakref.ref(module), name, value)
+                vars(module)[name] = replacements[id(value)]
+
+
+def _put_back(module: weakref.ref, name: str, value: Any) -> None:
+    if module() is not None:
+        vars(module())[name] = value
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings about what is verified here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _implementation(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "own"
+
+
+def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Report:
+    rows: dict[tuple, int] = {}
+    for module in plan.modules:
+        after = ATTENTION_NAME if module.status == "served" and calls_us(module.module) else "own"
+        before = plan.before[module.name] if module.status == "served" else "own"
+        key = (module.class_name, _shape(module.module), before, after, module.reason)
+        rows[key] = rows.get(key, 0) + 1
+    family = family_of(root.config)
+    text_config = root.config.get_text_config()
+    notes = []
+    if (
+        family is not None
+        and family.fp32_scores
+        and getattr(root.config, family.fp32_scores, False)
+    ):
+        notes.append(
+            f"{family.fp32_scores}: honoured; scores and softmax are fp32 in every backend."
+        )
+    parameter = next(root.parameters(), torch.empty(0))
+    status = extension_status()
+    return Report(
+        model=type(root).__name__,
+        family="not in the table"
+        if family is None
+        else f"{family.name} ({family.positions} positions)",
+        backend=settings["backend"]
+        + ("" if status.loaded else f" (compiled kernels: {status.reason})"),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        device=str(parameter.device),
+        max_length=getattr(text_config, "max_position_embeddings", None),
+        modules=tuple(ModuleRow(k[0], count, *k[1:]) for k, count in rows.items()),
+        notes=tuple(notes),
+    )
+
+
+def _shape(module: nn.Module) -> str:
+    config = getattr(module, "config", None)
+
+    def first(*names: str) -> int | None:
+        values = (getattr(owner, name, None) for name in names for owner in (module, config))
+        return next((value for value in values if isinstance(value, int)), None)
+
+    heads = first("num_heads", "num_attention_heads", "n_heads")
+    if heads is None:
+        return ""
+    heads_k = first("num_key_value_heads") or heads
+    head_dim = first("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head")
+    return f"{heads}/{heads_k} heads" + (f" of {head_dim}" if head_dim else "")
