@@ -1,0 +1,1 @@
+"""Attention operators: arguments, two engines behind one differentiable op, dropout, padding."""

@@ -1,0 +1,300 @@
+"""What a call may be given, and its checks. No tensor's values are read: nothing synchronises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..errors import MaskError, UnsupportedKernelError
+from .padding import WORD_BITS
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskArguments:
+    """Which pairs (query i, key j) see each other, beyond causal and window. Everything is
+    optional.
+
+    With off = seqlen_k - seqlen_q, where seqused_k replaces seqlen_k if given, causal means j <= i
+    + off and a window (left, right) means i + off - left <= j <= i + off + right. All rules hold at
+    once. A query that sees no key gives out 0, lse -inf and no gradient. Tensors live on q's
+    device; none is read on the host there.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), cumulative lengths from 0 to total; both or
+            neither. Given, the layout is (total, num_heads, head_dim), and only attn_bias's absence
+            is compatible with it.
+        max_seqlen_q, max_seqlen_k: longest sequence, or any larger number; needed with cu_seqlens.
+        seqused_k: int32 (batch,), keys in use from the start of each row (a static cache); moves
+            the alignment.
+        key_range: int32 (batch, 2), first visible key and one past the last (padding); leaves the
+            alignment alone.
+        key_bits: int32 (batch, ceil(seqlen_k / 32)), bit j % 32 of word j // 32 is 1 where key j is
+            visible.
+        doc_range: int32 (batch, seqlen, 2), start and stop of the document of each token (packing);
+            needs seqlen_q == seqlen_k, and starts and stops that do not decrease along the row.
+        attn_bias: broadcastable to (batch, num_heads, seqlen_q, seqlen_k); bool is True where a
+            pair sees each other, float is added to the logits, after softcap. Served by the torch
+            backend alone; has no gradient.
+    """
+
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqused_k: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    key_bits: torch.Tensor | None = None
+    doc_range: torch.Tensor | None = None
+    attn_bias: torch.Tensor | None = None
+
+    @property
+    def kernel_ok(self) -> bool:
+        """Whether the compiled kernels can express this mask."""
+        return self.attn_bias is None
+
+    @property
+    def varlen(self) -> bool:
+        """Whether the layout is (total, num_heads, head_dim)."""
+        return self.cu_seqlens_q is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is said, so that causal and window are the whole mask."""
+        return all(
+            x is None
+            for x in (
+                self.cu_seqlens_q,
+                self.cu_seqlens_k,
+                self.seqused_k,
+                self.key_range,
+                self.key_bits,
+                self.doc_range,
+                self.attn_bias,
+            )
+        )
+
+    def validate(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Check every given field against q and k, whose own shapes have been checked.
+
+        Raises:
+            MaskError: a field has the wrong shape, dtype or device, or does not go with another.
+        """
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+                raise MaskError(
+                    f"{field.name} is on {tensor.device}, q on {q.device}; move it once, before "
+                    "the forward pass."
+                )
+        if self.cu_seqlens_q is not None or self.cu_seqlens_k is not None:
+            self._validate_varlen(q, k)
+        else:
+            self._validate_dense(q, k)
+
+    def _validate_varlen(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            missing = "cu_seqlens_q" if self.cu_seqlens_q is None else "cu_seqlens_k"
+            raise MaskError(
+                f"{missing} is missing; variable length needs cu_seqlens_q and cu_seqlens_k."
+            )
+        for name, cu_seqlens in (
+            ("cu_seqlens_q", self.cu_seqlens_q),
+            ("cu_seqlens_k", self.cu_seqlens_k),
+        ):
+            if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype != torch.int32:
+                raise MaskError(
+                    f"{name} has dtype {cu_seqlens.dtype} and shape {tuple(cu_seqlens.shape)}; it "
+                    "has to be int32 (batch + 1,): 0, then the running sum of the sequence lengths."
+                )
+        if self.cu_seqlens_q.shape[0] != self.cu_seqlens_k.shape[0]:
+            raise MaskError(
+                f"cu_seqlens_q describes {self.cu_seqlens_q.shape[0] - 1} sequences, cu_seqlens_k "
+                f"{self.cu_seqlens_k.shape[0] - 1}; both have to describe the same batch."
+            )
+        for name, length in (
+            ("max_seqlen_q", self.max_seqlen_q),
+            ("max_seqlen_k", self.max_seqlen_k),
+        ):
+            if length is None or isinstance(length, torch.Tensor) or length < 0:
+                raise MaskError(
+                    f"{name} is {length!r}; it has to be an int >= 0, the longest sequence. Read "
+                    "it once where cu_seqlens is made: reading it from a tensor here would "
+                    "synchronise."
+                )
+        for name in ("seqused_k", "key_range", "key_bits", "doc_range", "attn_bias"):
+            if getattr(self, name) is not None:
+                raise MaskError(
+                    f"{name} is given together with cu_seqlens; it belongs to the dense layout. "
+                    "Express it by leaving hidden tokens out of q, k, v and cu_seqlens."
+                )
+
+    def _validate_dense(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        batch, seqlen_q, num_heads = q.shape[:3]
+        seqlen_k = k.shape[1]
+        words = (seqlen_k + WORD_BITS - 1) // WORD_BITS
+        for name, tensor, shape, axes in (
+            ("seqused_k", self.seqused_k, (batch,), "(batch,)"),
+            ("key_range", self.key_range, (batch, 2), "(batch, 2)"),
+            ("key_bits", self.key_bits, (batch, words), "(batch, ceil(seqlen_k / 32))"),
+            ("doc_range", self.doc_range, (batch, seqlen_q, 2), "(batch, seqlen, 2)"),
+        ):
+            if tensor is not None and (tensor.dtype != torch.int32 or tuple(tensor.shape) != shape):
+                raise MaskError(
+                    f"{name} has dtype {tensor.dtype} and shape {tuple(tensor.shape)}; it has to "
+                    f"be int32 {axes} = {shape}."
+                )
+        if self.doc_range is not None and seqlen_q != seqlen_k:
+            raise MaskError(
+                f"doc_range is given with seqlen_q {seqlen_q} and seqlen_k {seqlen_k}; it needs "
+                "equal lengths. Use attn_bias, or cu_seqlens, for documents seen from a part of "
+                "their tokens."
+            )
+        if self.attn_bias is not None:
+            _check_attn_bias(self.attn_bias, (batch, num_heads, seqlen_q, seqlen_k))
+
+
+def _check_attn_bias(bias: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if bias.dim() != 4 or any(
+        given not in (1, wanted) for given, wanted in zip(bias.shape, shape, strict=True)
+    ):
+        raise MaskError(
+            f"attn_bias has shape {tuple(bias.shape)}; it has to be broadcastable to (batch, "
+            f"num_heads, seqlen_q, seqlen_k) = {shape}, with rank 4."
+        )
+    if bias.dtype != torch.bool and not bias.is_floating_point():
+        raise MaskError(
+            f"attn_bias has dtype {bias.dtype}; it has to be bool (True: may see) or floating "
+            "point (added to the logits). Use .bool() for a 0/1 mask."
+        )
+    if bias.requires_grad and torch.is_grad_enabled():
+        raise MaskError(
+            "attn_bias requires a gradient, which this attention does not compute. Detach it if it "
+            "is not trained, or keep eager attention for a learned bias."
+        )
+
+
+def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, varlen: bool) -> None:
+    """Check rank, dtype, device, heads and head_dim of q, k and v.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) if `varlen`.
+        k: (batch, seqlen_k, num_heads_k, head_dim), or (total_k, num_heads_k, head_dim).
+        v: as k, with a head_dim of its own.
+        varlen: which of the two layouts is meant.
+
+    Raises:
+        UnsupportedKernelError: naming the tensor and what it should be.
+    """
+    layout = "(total, num_heads, head_dim)" if varlen else "(batch, seqlen, num_heads, head_dim)"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != (3 if varlen else 4):
+            raise UnsupportedKernelError(
+                f"{name} has rank {tensor.dim()} and shape {tuple(tensor.shape)}; it has to be "
+                f"{layout}"
+                + (
+                    " with cu_seqlens."
+                    if varlen
+                    else ". Variable length goes to flash_attn_varlen_func."
+                )
+            )
+        if tensor.dtype not in DTYPES:
+            raise UnsupportedKernelError(
+                f"{name} has dtype {tensor.dtype}; it has to be one of "
+                f"{', '.join(map(str, DTYPES))}."
+            )
+        if tensor.dtype != q.dtype:
+            raise UnsupportedKernelError(
+                f"q has dtype {q.dtype}, {name} has {tensor.dtype}; all three have to be equal. "
+                "Nothing is cast here: cast them, or run under autocast and cast to its dtype."
+            )
+        if tensor.device != q.device:
+            raise UnsupportedKernelError(
+                f"q is on {q.device}, {name} on {tensor.device}; all three have to be on one "
+                "device."
+            )
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise UnsupportedKernelError(
+                f"{name} has head_dim {tensor.shape[-1]}; 1 to {MAX_HEAD_DIM} is supported."
+            )
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise UnsupportedKernelError(
+                f"{name} has stride {tensor.stride(-1)} along head_dim, its last dimension; that "
+                "dimension has to be contiguous (any other stride is fine). Call "
+                f"{name}.contiguous()."
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise UnsupportedKernelError(
+            f"q has head_dim {q.shape[-1]}, k has {k.shape[-1]}; they have to be equal."
+        )
+    if k.shape[:-1] != v.shape[:-1]:
+        raise UnsupportedKernelError(
+            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}; they may differ in head_dim "
+            "only."
+        )
+    if not varlen and q.shape[0] != k.shape[0]:
+        raise UnsupportedKernelError(
+            f"q has batch size {q.shape[0]}, k has {k.shape[0]}; they have to be equal."
+        )
+    num_heads, num_heads_k = q.shape[-2], k.shape[-2]
+    if num_heads_k == 0 or num_heads % num_heads_k != 0:
+        raise UnsupportedKernelError(
+            f"q has {num_heads} heads, k and v have {num_heads_k}; the first has to be a multiple "
+            "of the second (query head h uses key head h // (num_heads // num_heads_k))."
+        )
+
+
+def check_options(
+    q: torch.Tensor,
+    *,
+    batch: int,
+    window_size: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Check the numbers of a call, and `alibi_slopes`, against q.
+
+    Raises:
+        UnsupportedKernelError: a number is out of its range.
+        MaskError: window_size or alibi_slopes is malformed.
+    """
+    if not 0.0 <= dropout_p <= 1.0:  # false for NaN as well
+        raise UnsupportedKernelError(
+            f"dropout_p is {dropout_p}; it has to be a probability, 0 to 1. Pass 0.0 in evaluation."
+        )
+    if not (math.isfinite(softcap) and softcap >= 0.0):
+        raise UnsupportedKernelError(
+            f"softcap is {softcap}; it has to be a finite number >= 0, where 0 means none."
+        )
+    if not math.isfinite(softmax_scale):
+        raise UnsupportedKernelError(
+            f"softmax_scale is {softmax_scale}; it has to be finite. None means head_dim ** -0.5."
+        )
+    if len(window_size) != 2 or any(
+        isinstance(side, (bool, float, torch.Tensor)) or side < -1 for side in window_size
+    ):
+        raise MaskError(
+            f"window_size is {window_size!r}; it has to be two ints (left, right), tokens on "
+            "either side of the diagonal, with -1 for no limit."
+        )
+    if alibi_slopes is None:
+        return
+    num_heads = q.shape[-2]
+    shapes = ((num_heads,), (batch, num_heads))
+    if alibi_slopes.dtype != torch.float32 or tuple(alibi_slopes.shape) not in shapes:
+        raise MaskError(
+            f"alibi_slopes has dtype {alibi_slopes.dtype} and shape {tuple(alibi_slopes.shape)}; "
+            f"it has to be float32, (num_heads,) = {shapes[0]} or (batch, num_heads) = {shapes[1]}."
+        )
+    if alibi_slopes.device != q.device:
+        raise MaskError(f"alibi_slopes is on {alibi_slopes.device}, q on {q.device}; move it once.")
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise MaskError(
+            "alibi_slopes requires a gradient, which this attention does not compute. Detach it."
+        )

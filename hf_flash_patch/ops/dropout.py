@@ -1,0 +1,133 @@
+"""Counter-based dropout: whether a pair (query i, key j) is kept is a function of (seed, offset,
+head, i, j) alone.
+
+So forward, backward, recomputation, every tile shape and both engines drop the same pairs. One call
+of Philox4x32
+serves 16 pairs, a byte each: rows {r, r + 8} and columns {c, c + 1} + {0, 8, 16, 24} of a tile of
+    16 x 32, which is what
+one thread of the compiled kernels holds.
+
+Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC'11); 7 rounds are the fewest
+    that pass BigCrush.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+ROW_TILE = 16
+COLUMN_TILE = 32
+
+_ROUNDS = 7
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def new_rng_state(device: torch.device) -> torch.Tensor:
+    """Fresh int64 (2,) = (seed, offset 0) on `device`, drawn from torch's generator there, without
+    a host sync.
+
+    torch.manual_seed, activation checkpointing and CUDA graphs therefore replay it.
+    """
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    return torch.cat((seed, torch.zeros_like(seed)))
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """K of 0..256: a pair is kept if its byte is below K; what is kept is multiplied by 256 / K."""
+    return math.floor((1.0 - dropout_p) * 256.0 + 0.5)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What kept probabilities are multiplied by; 0 if none is kept."""
+    threshold = keep_threshold(dropout_p)
+    return 256.0 / threshold if threshold else 0.0
+
+
+def dropout_keep_mask(
+    rng_state: torch.Tensor,
+    dropout_p: float,
+    batch: int,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+) -> torch.Tensor:
+    """The whole mask of one call, for tests and inspection; quadratic memory.
+
+    Args:
+        rng_state: int64 (2,), seed and offset.
+        dropout_p: probability of dropping.
+        batch, num_heads, seqlen_q, seqlen_k: sizes; positions count inside each sequence.
+
+    Returns:
+        bool (batch, num_heads, seqlen_q, seqlen_k), True where the pair is kept.
+    """
+    heads = torch.arange(batch * num_heads, device=rng_state.device)
+    keep = keep_tile(rng_state, dropout_p, heads, 0, seqlen_q, 0, seqlen_k)
+    return keep.view(batch, num_heads, seqlen_q, seqlen_k)
+
+
+def keep_tile(
+    rng_state: torch.Tensor,
+    dropout_p: float,
+    heads: torch.Tensor,
+    row_begin: int,
+    row_end: int,
+    column_begin: int,
+    column_end: int,
+) -> torch.Tensor:
+    """Rows [row_begin, row_end) and columns [column_begin, column_end) of the mask.
+
+    Args:
+        rng_state: int64 (2,).
+        dropout_p: probability of dropping.
+        heads: int64 (n,), batch index * num_heads + head.
+
+    Returns:
+        bool (n, rows, columns), True where the pair is kept.
+    """
+    device = rng_state.device
+    first_row, first_column = row_begin // ROW_TILE, column_begin // COLUMN_TILE
+    row_tiles = -(-row_end // ROW_TILE) - first_row
+    column_tiles = -(-column_end // COLUMN_TILE) - first_column
+
+    y = torch.arange(first_row * 8, (first_row + row_tiles) * 8, device=device)
+    x = torch.arange(first_column * 4, (first_column + column_tiles) * 4, device=device)
+    counter = (x, y[:, None], heads[:, None, None], rng_state[1] & _LOW)
+    words = _philox(counter, (rng_state[0] & _LOW, (rng_state[0] >> 32) & _LOW))
+
+    # Word = half of the 32 columns * 2 + parity of the column; byte = half of the 16 rows * 2 + odd
+    # group of 8 columns.
+    stacked = torch.stack([word.expand(len(heads), len(y), len(x)) for word in words], dim=-1)
+    keep = stacked.view(torch.uint8).unflatten(-1, (4, 8))[..., :4] < keep_threshold(dropout_p)
+    keep = keep.view(len(heads), row_tiles, 8, column_tiles, 4, 2, 2, 2, 2)
+    #       n, row tile, row half, row, column tile, column half, group, pair, parity
+    keep = keep.permute(0, 1, 7, 2, 3, 5, 8, 4, 6)
+    keep = keep.reshape(len(heads), row_tiles * ROW_TILE, column_tiles * COLUMN_TILE)
+    row, column = row_begin - first_row * ROW_TILE, column_begin - first_column * COLUMN_TILE
+    return keep[:, row : row + row_end - row_begin, column : column + column_end - column_begin]
+
+
+def _philox(
+    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Philox4x32 on int64 tensors that hold unsigned 32-bit words.
+
+    A product of two such words wraps around in int64, but its 64 bits are the right ones, so an
+    arithmetic shift and a mask give its halves.
+    """
+    x, y, z, w = counter
+    key_0, key_1 = key
+    for _ in range(_ROUNDS):
+        a = x * _MULTIPLIERS[0]
+        b = z * _MULTIPLIERS[1]
+        x = ((b >> 32) & _LOW) ^ y ^ key_0
+        y = b & _LOW
+        z = ((a >> 32) & _LOW) ^ w ^ key_1
+        w = a & _LOW
+        key_0 = (key_0 + _KEY_STEPS[0]) & _LOW
+        key_1 = (key_1 + _KEY_STEPS[1]) & _LOW
+    return x, y, z, w

@@ -1,0 +1,337 @@
+"""The public functions: arguments checked, backend chosen, one operator called.
+
+Layout (batch, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) for variable length;
+any strides with a contiguous head_dim. Causal and windows are aligned bottom-right. A query that
+sees no key gives out 0, lse -inf and no gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import MaskError
+from .arguments import MaskArguments, check_options, check_tensors
+from .backends import resolve_backend
+from .dropout import new_rng_state
+from .padding import pack_key_padding
+
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+_NO_MASK = MaskArguments()
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    *,
+    block_mask: Any = None,
+    key_padding_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Output:
+    """Exact attention, softmax(softmax_scale * q k^T + bias) v, with memory linear in the sequence
+    length.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), bf16, fp16, fp32 or fp64; head_dim 1 to 256.
+        k, v: (batch, seqlen_k, num_heads_k, head_dim); num_heads is a multiple of num_heads_k (GQA,
+            MQA).
+        dropout_p: probability of dropping an attention probability, rounded to a multiple of 1/256.
+        softmax_scale: factor on q.k; None means head_dim ** -0.5.
+        causal: query i sees keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right), how many keys on either side of that diagonal are seen; -1 for
+            no limit.
+        softcap: a logit x becomes softcap * tanh(x / softcap); 0 for none.
+        alibi_slopes: fp32 (num_heads,) or (batch, num_heads); adds -slope * |i + seqlen_k -
+            seqlen_q - j|.
+        deterministic: gradients are bit-identical from run to run.
+        return_lse: also return lse, which is differentiable.
+        block_mask: block-sparse masks; not there yet.
+        key_padding_mask: bool (batch, seqlen_k), True where the key is real.
+        backend: "auto", "cuda", "torch" or "flash_attn"; see `resolve_backend`.
+
+    Returns:
+        out (batch, seqlen_q, num_heads, head_dim); with return_lse, (out, lse), lse fp32 (batch,
+        num_heads, seqlen_q), the natural logarithm of the softmax's denominator, without dropout.
+
+    Raises:
+        UnsupportedKernelError: q, k, v or a number is not supported, or the backend cannot serve
+            the call.
+        MaskError: a mask argument is malformed.
+        NotImplementedError: block_mask is given.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), whose argument order this is.
+    """
+    _refuse_block_mask(block_mask)
+    return attention(
+        q,
+        k,
+        v,
+        mask=_padding_arguments(key_padding_mask, k),
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        backend=backend,
+        return_lse=return_lse,
+    )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    *,
+    block_mask: Any = None,
+    key_padding_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Output:
+    """`flash_attn_func` for sequences of different lengths, one after the other without padding.
+
+    Args:
+        q: (total_q, num_heads, head_dim).
+        k, v: (total_k, num_heads_k, head_dim).
+        cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,) on q's device; 0, then the running sum of the
+            lengths. A length may be 0.
+        max_seqlen_q, max_seqlen_k: the longest sequence, in tokens, or any larger number.
+        key_padding_mask: refused; leave padded keys out instead.
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_lse, block_mask,
+            backend: as in `flash_attn_func`, for each sequence by itself.
+
+    Returns:
+        out (total_q, num_heads, head_dim); with return_lse, (out, lse), lse fp32 (num_heads,
+        total_q).
+
+    Raises:
+        UnsupportedKernelError, MaskError, NotImplementedError: as in `flash_attn_func`. The values
+            of cu_seqlens are checked on the CPU; on a GPU that would cost a synchronisation.
+
+    Source: Dao, FlashAttention-2 (arXiv 2307.08691), whose argument order this is.
+    """
+    _refuse_block_mask(block_mask)
+    if key_padding_mask is not None:
+        raise MaskError(
+            "key_padding_mask is given together with cu_seqlens; leave padded keys out of k, v and "
+            "cu_seqlens_k instead."
+        )
+    mask = MaskArguments(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    return attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        backend=backend,
+        return_lse=return_lse,
+    )
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: MaskArguments | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Output:
+    """Attention under any mask that `MaskArguments` can say; both public functions end here.
+
+    Args:
+        q, k, v: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) if the mask has
+            cu_seqlens. v may have a head_dim of its own in the torch backend.
+        mask: None for nothing beyond causal and window.
+        causal, window_size, softmax_scale, softcap, alibi_slopes, dropout_p, deterministic,
+            backend, return_lse: as in `flash_attn_func`.
+
+    Returns:
+        out, or (out, lse) with return_lse; as in the public functions.
+
+    Raises:
+        UnsupportedKernelError: q, k, v or a number is not supported, or the backend cannot serve
+            the call.
+        MaskError: a mask argument is malformed.
+    """
+    mask = _NO_MASK if mask is None else mask
+    varlen = mask.cu_seqlens_q is not None or mask.cu_seqlens_k is not None
+    check_tensors(q, k, v, varlen=varlen)
+    mask.validate(q, k)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    check_options(
+        q,
+        batch=mask.cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0],
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+    )
+    engine, _ = resolve_backend(
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        attn_bias=mask.attn_bias is not None,
+    )
+    if engine == "flash_attn":
+        from .flash_attn_package import call_package
+
+        return call_package(
+            q,
+            k,
+            v,
+            mask=mask,
+            causal=causal,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            deterministic=deterministic,
+            return_lse=return_lse,
+        )
+    plain = mask.empty and not return_lse and not softcap and not dropout_p and alibi_slopes is None
+    if engine == "torch" and plain and not (deterministic and q.is_cuda):
+        is_causal = _sdpa_causality(q, k, v, causal, window_size)
+        if is_causal is not None:
+            return _sdpa(q, k, v, is_causal, softmax_scale)
+
+    out, lse = torch.ops.hf_flash_patch.attention(
+        q,
+        k,
+        v,
+        _contiguous(mask.cu_seqlens_q),
+        _contiguous(mask.cu_seqlens_k),
+        mask.max_seqlen_q if varlen else q.shape[1],
+        mask.max_seqlen_k if varlen else k.shape[1],
+        _contiguous(mask.seqused_k),
+        _contiguous(mask.key_range),
+        _contiguous(mask.key_bits),
+        _contiguous(mask.doc_range),
+        _contiguous(alibi_slopes),
+        new_rng_state(q.device) if dropout_p > 0.0 else None,
+        mask.attn_bias,
+        float(softmax_scale),
+        causal,
+        window_size[0],
+        window_size[1],
+        float(softcap),
+        float(dropout_p),
+        deterministic,
+        engine,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _sdpa_causality(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]
+) -> bool | None:
+    """SDPA's is_causal if SDPA says exactly the same, in memory linear in seqlen; None if it does
+    not.
+
+    SDPA aligns causal top-left, so only equal lengths agree; its fused kernels want equal head
+    dims, no fp64, and on a GPU head_dim in multiples of 8, else it falls back to the quadratic
+    formula.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if 0 in (q.shape[0], seqlen_q, seqlen_k, q.shape[2]) or v.shape[-1] != q.shape[-1]:
+        return None
+    if q.dtype == torch.float64 or q.device.type not in ("cpu", "cuda"):
+        return None
+    if q.is_cuda and q.shape[-1] % 8 != 0:
+        return None
+    left, right = window_size[0], 0 if causal else window_size[1]
+    if 0 <= left < seqlen_k - 1:
+        return None
+    if right < 0 or right >= seqlen_q - 1:
+        return False
+    return True if right == 0 and seqlen_q == seqlen_k else None
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, softmax_scale: float
+) -> torch.Tensor:
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1:
+        # SDPA's enable_gqa leads to the quadratic formula on the CPU.
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, num_heads, seqlen, head_dim)
+    if torch.is_autocast_enabled(q.device.type):
+        # Autocast would round fp32 inputs to its own dtype.
+        with torch.autocast(q.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale)
+    return out.transpose(1, 2)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _padding_arguments(
+    key_padding_mask: torch.Tensor | None, k: torch.Tensor
+) -> MaskArguments | None:
+    if key_padding_mask is None:
+        return None
+    if tuple(key_padding_mask.shape) != tuple(k.shape[:2]):
+        raise MaskError(
+            f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it has to be (batch, "
+            f"seqlen_k) = {tuple(k.shape[:2])}, True where the key is real."
+        )
+    key_range, key_bits = pack_key_padding(key_padding_mask)
+    return MaskArguments(key_range=key_range, key_bits=key_bits)
+
+
+def _refuse_block_mask(block_mask: Any) -> None:
+    if block_mask is not None:
+        raise NotImplementedError(
+            "block_mask is not implemented yet. Leave it None; causal, window_size and "
+            "key_padding_mask are there."
+        )

@@ -1,0 +1,191 @@
+"""The operators `torch.ops.hf_flash_patch.*`: schemas, fake implementations, autograd, and the
+compiled extension.
+
+`attention` is the differentiable operator. It calls one of two engines of equal schema, each a
+forward and a backward: `cuda_*`, compiled, registered by the extension, and `torch_*`, in Python.
+    Schemas live here so that they exist, and
+trace, where the extension does not.
+
+Conventions: layout (batch, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with
+    cu_seqlens; lse natural
+log, (batch, num_heads, seqlen_q) or (num_heads, total_q), fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import torch_backend
+
+NAMESPACE = "hf_flash_patch"
+EXTENSION = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+
+_QKV = "Tensor q, Tensor k, Tensor v"
+_MASK = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? "
+    "seqused_k, Tensor? key_range, Tensor? key_bits, Tensor? doc_range, Tensor? alibi_slopes, "
+    "Tensor? rng_state"
+)
+_BIAS = "Tensor? attn_bias"
+_SCALARS = (
+    "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+    "float dropout_p"
+)
+_GRADS_IN = "Tensor dout, Tensor? dlse"
+
+_SCHEMAS = {
+    "attention": f"({_QKV}, {_MASK}, {_BIAS}, {_SCALARS}, bool deterministic, str backend) -> "
+    "(Tensor, Tensor)",
+    "cuda_forward": f"({_QKV}, {_MASK}, {_SCALARS}) -> (Tensor, Tensor)",
+    "cuda_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_SCALARS}, bool "
+    "deterministic) -> (Tensor, Tensor, Tensor)",
+    "torch_forward": f"({_QKV}, {_MASK}, {_BIAS}, {_SCALARS}) -> (Tensor, Tensor)",
+    "torch_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_BIAS}, "
+    f"{_SCALARS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "cuda_instances": "() -> str",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schema)
+
+_ops = getattr(torch.ops, NAMESPACE)
+
+# Positions in `attention`'s argument list.
+_NUM_MASK = 10
+_BIAS_AT = 3 + _NUM_MASK
+_DETERMINISTIC_AT = _BIAS_AT + 7
+
+
+@torch.library.impl(f"{NAMESPACE}::attention", "default")
+def _attention(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs, backend = args[:_DETERMINISTIC_AT], args[-1]
+    if backend == "cuda":
+        return _ops.cuda_forward(*inputs[:_BIAS_AT], *inputs[_BIAS_AT + 1 :])
+    return _ops.torch_forward(*inputs)
+
+
+torch.library.impl(f"{NAMESPACE}::torch_forward", "default")(torch_backend.forward)
+torch.library.impl(f"{NAMESPACE}::torch_backward", "default")(torch_backend.backward)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::attention")
+@torch.library.register_fake(f"{NAMESPACE}::cuda_forward")
+@torch.library.register_fake(f"{NAMESPACE}::torch_forward")
+def _fake_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(lse_shape, dtype=lse_dtype)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::cuda_backward")
+@torch.library.register_fake(f"{NAMESPACE}::torch_backward")
+def _fake_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    is_tensor = [x is None or isinstance(x, torch.Tensor) for x in inputs]
+    ctx.is_tensor = is_tensor
+    ctx.others = [x for x, tensor in zip(inputs, is_tensor, strict=True) if not tensor]
+    ctx.save_for_backward(
+        *output, *(x for x, tensor in zip(inputs, is_tensor, strict=True) if tensor)
+    )
+
+
+def _attention_backward(
+    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    none = [None] * len(ctx.is_tensor)
+    if dout is None and dlse is None:
+        return tuple(none)
+    out, lse, *tensors = ctx.saved_tensors
+    tensors_left, others_left = iter(tensors), iter(ctx.others)
+    inputs = [next(tensors_left if tensor else others_left) for tensor in ctx.is_tensor]
+    dout = torch.zeros_like(out) if dout is None else dout
+
+    qkv, mask, bias = inputs[:3], inputs[3:_BIAS_AT], inputs[_BIAS_AT]
+    scalars, deterministic, backend = (
+        inputs[_BIAS_AT + 1 : _DETERMINISTIC_AT],
+        inputs[_DETERMINISTIC_AT],
+        inputs[-1],
+    )
+    if backend == "cuda":
+        grads = _ops.cuda_backward(dout, dlse, *qkv, out, lse, *mask, *scalars, deterministic)
+    else:
+        grads = _ops.torch_backward(
+            dout, dlse, *qkv, out, lse, *mask, bias, *scalars, deterministic
+        )
+    return (*grads, *none[3:])
+
+
+torch.library.register_autograd(
+    f"{NAMESPACE}::attention", _attention_backward, setup_context=_setup_context
+)
+
+
+def _no_gradient(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise RuntimeError(
+        "hf_flash_patch: a gradient was asked for of an engine's own forward or backward. "
+        "Second-order gradients are not computed: leave create_graph=False, or use eager "
+        "attention. First-order gradients come from flash_attn_func and "
+        "torch.ops.hf_flash_patch.attention."
+    )
+
+
+for _name in ("cuda_forward", "cuda_backward", "torch_forward", "torch_backward"):
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_gradient)
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """Whether the compiled kernels are there.
+
+    Attributes:
+        loaded: whether `torch.ops.hf_flash_patch.cuda_forward` has its CUDA implementation.
+        reason: one sentence; if not loaded, what is missing and how to get it.
+        instances: what is compiled, as "architecture direction dtype head_dim" each.
+    """
+
+    loaded: bool
+    reason: str
+    instances: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=1)
+def extension_status() -> ExtensionStatus:
+    """Load the compiled extension on the first call, and say what came of it."""
+    if not EXTENSION.exists():
+        return ExtensionStatus(
+            False,
+            f"{EXTENSION.name} is not in {EXTENSION.parent.name}/: it was installed without a CUDA "
+            "compiler. Install nvcc (or set CUDA_HOME) and reinstall, or run `make build-cuda`.",
+        )
+    try:
+        torch.ops.load_library(str(EXTENSION))
+        instances = _ops.cuda_instances()
+    except (OSError, RuntimeError) as error:
+        return ExtensionStatus(
+            False,
+            f"{EXTENSION.name} does not load under torch {torch.__version__}: {error}. Rebuild it "
+            "with `make build-cuda`.",
+        )
+    names = tuple(name.strip() for name in instances.split(";") if name.strip())
+    return ExtensionStatus(True, f"{len(names)} kernels compiled", names)
+
+
+# Loaded on import: under torch.compile a first call would otherwise load it while tracing.
+EXTENSION_LOADED = extension_status().loaded

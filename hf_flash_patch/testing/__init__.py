@@ -1,0 +1,1 @@
+"""What tests compare with: a dense specification, and the only source of tolerances."""
