@@ -13,13 +13,16 @@ class Family:
     Attributes:
         name: as people call it.
         model_types: `config.model_type` of its members.
-        causal: whether a token sees earlier tokens only (a config may override: is_decoder, is_causal).
+        causal: whether a token sees earlier tokens only (a config may override: is_decoder,
+            is_causal).
         positions: "learned" (an absolute table), "rope", "relative", "alibi" or "sinusoidal".
-        table: path of the position table below the base model, or of the module that holds the rotary frequencies.
+        table: path of the position table below the base model, or of the module that holds the
+            rotary frequencies.
         length: config attribute that states the maximum context in tokens.
         reserved_rows: rows of the table before position 0 (RoBERTa keeps two).
         buffers: paths of buffers as long as the table.
-        fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute in any case.
+        fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute
+            in any case.
     """
 
     name: str
@@ -151,11 +154,12 @@ FAMILIES = (
 
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
-# Modules named for attention that are not attention from token to token, or of a few queries only; a model that
-# otherwise goes through AttentionInterface keeps them as they are.
+# Modules named for attention that are not attention from token to token, or of a few queries only;
+# a model that otherwise goes through AttentionInterface keeps them as they are.
 NOT_TOKEN_ATTENTION = ("Pool", "Deformable", "AttentionMap")
 
 
 def family_of(config: Any) -> Family | None:
-    """The row of the model that `config` describes, or None: served all the same, but unknown to the table."""
+    """The row of the model that `config` describes, or None: served all the same, but unknown to
+    the table."""
     return _BY_MODEL_TYPE.get(getattr(config, "model_type", None))

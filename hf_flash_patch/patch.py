@@ -50,19 +50,22 @@ def patch(
         positions: how to grow a learned position table; not available yet.
         mask: a sparse attention pattern; not available yet.
         tokenizer: follows `max_length`; without it, nothing happens to a tokenizer.
-        backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda" (the compiled
-            kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn package). "auto" keeps what
-            `model.config.hfp` says, so that a reloaded model needs no arguments.
-        strict: raise if any attention module cannot be served; False: those keep their own attention, with one
-            warning, and the reason stands in the report.
+        backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda"
+            (the compiled kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn
+            package). "auto" keeps what `model.config.hfp` says, so that a reloaded model needs no
+            arguments.
+        strict: raise if any attention module cannot be served; False: those keep their own
+            attention, with one warning, and the reason stands in the report.
 
     Returns:
-        A `Patch`: the report as text, HTML and data, `restore()`, and a context manager that restores.
+        A `Patch`: the report as text, HTML and data, `restore()`, and a context manager that
+        restores.
 
     Raises:
-        UnsupportedModelError: nothing to patch, something cannot be served, patched already, or compiled or sharded.
-            The model is as it was.
-        UnsupportedKernelError: the backend is unknown or not available here. The model is as it was.
+        UnsupportedModelError: nothing to patch, something cannot be served, patched already, or
+            compiled or sharded. The model is as it was.
+        UnsupportedKernelError: the backend is unknown or not available here. The model is as it
+            was.
         NotImplementedError: max_length, rope, positions or mask was given.
     """
     _refuse_unavailable(max_length=max_length, rope=rope, positions=positions, mask=mask)
@@ -70,7 +73,8 @@ def patch(
     roots = pretrained_roots(model)
     if not roots:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model and holds none; patch takes a PreTrainedModel, a "
+            f"{type(model).__name__} is not a transformers model and holds none; patch takes a "
+            "PreTrainedModel, a "
             "PeftModel, or a module around one."
         )
     for root in roots:
@@ -105,7 +109,8 @@ class Patch:
     """A patch on a model; made by `patch`.
 
     Attributes:
-        reports: one `Report` for each transformers model found in what was patched (one, as a rule).
+        reports: one `Report` for each transformers model found in what was patched (one, as a
+            rule).
         backend: the backend in force.
     """
 
@@ -192,7 +197,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
             or getattr(module, "_compiled_call_impl", None) is not None
         ):
             raise UnsupportedModelError(
-                f"{where} is compiled; patch the model first, then torch.compile it (or patch the original module)."
+                f"{where} is compiled; patch the model first, then torch.compile it (or patch the "
+                "original module)."
             )
         # Both FSDP generations, by name: torch.distributed may be absent from a build.
         if {"FullyShardedDataParallel", "FSDPModule"} & {
@@ -208,7 +214,8 @@ def _refuse_patched(root: PreTrainedModel) -> None:
     for other, applied in list(_patched.items()):
         if any(id(module) in mine for module in other.modules()):
             raise UnsupportedModelError(
-                f"{type(root).__name__} is patched already, by {applied!r}; call its restore(), or unpatch(model), first."
+                f"{type(root).__name__} is patched already, by {applied!r}; call its restore(), "
+                "or unpatch(model), first."
             )
 
 
@@ -246,7 +253,8 @@ def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
         text = "; ".join(f"{class_name} {reason}" for class_name, reason in reasons.items())
         if strict:
             raise UnsupportedModelError(
-                f"{name} cannot be patched as a whole: {text}. With strict=False these modules keep their own "
+                f"{name} cannot be patched as a whole: {text}. With strict=False these modules "
+                "keep their own "
                 f"attention ({len(served)} others would be patched)."
             )
         plan.warnings.append(
@@ -266,7 +274,8 @@ def _apply(
     owners = _other_owners(root)
     if owners:
         plan.warnings.append(
-            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a copy of its own now, "
+            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a "
+            "copy of its own now, "
             "so that the other model keeps its attention. restore() gives the shared one back."
         )
         _give_own_configs(root, undo)
@@ -288,7 +297,8 @@ def _apply(
             "_attn_was_changed", None
         )  # transformers' own marker, which it forgets on nested configs
     for module in served:
-        # set_attn_implementation misses configs that a model copied for a part of itself (T5's encoder).
+        # set_attn_implementation misses configs that a model copied for a part of itself (T5's
+        # encoder).
         if module.module.config._attn_implementation != ATTENTION_NAME:
             module.module.config._attn_implementation_internal = ATTENTION_NAME
     for module in plan.of("unsupported"):
@@ -301,7 +311,8 @@ def _apply(
     for module in served:
         if not calls_us(module.module):
             raise UnsupportedModelError(
-                f"{type(root).__name__}: {module.name} ({module.class_name}) does not call the attention that was "
+                f"{type(root).__name__}: {module.name} ({module.class_name}) does not call the "
+                "attention that was "
                 "set; the model is as it was."
             )
 
@@ -318,7 +329,8 @@ def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
 
 
 def _other_owners(root: PreTrainedModel) -> list[str]:
-    """Class names of living models, neither inside nor around `root`, that use one of its config objects."""
+    """Class names of living models, neither inside nor around `root`, that use one of its config
+    objects."""
     configs = set(map(id, configs_of(root)))
     mine = set(map(id, root.modules()))
     names = []

@@ -34,7 +34,8 @@ class Report:
     Attributes:
         model: class name of the patched model.
         family: family name and how it encodes positions, or "not in the table".
-        backend: the backend asked for, and what stands in the way of the compiled kernels, if anything.
+        backend: the backend asked for, and what stands in the way of the compiled kernels, if
+            anything.
         dtype: dtype of the weights.
         device: device of the weights.
         max_length: maximum context in tokens; None if the model has no limit of its own.

@@ -1,1 +1,2 @@
-"""The only folder that knows transformers' seams: its attention call, its mask request, its model tree."""
+"""The only folder that knows transformers' seams: its attention call, its mask request, its model
+tree."""

@@ -1,6 +1,7 @@
 """transformers' attention call -> one call of ops.
 
-Shapes: transformers hands over (batch, num_heads, seqlen, head_dim), ops takes (batch, seqlen, num_heads, head_dim);
+Shapes: transformers hands over (batch, num_heads, seqlen, head_dim), ops takes (batch, seqlen,
+num_heads, head_dim);
 the difference is a view. transformers' words (query, scaling, attention_mask) end here.
 """
 
@@ -21,8 +22,8 @@ from . import packing
 from .masking import AttentionMask
 from .outputs import attention_weights_wanted
 
-# Arguments some models hand to an attention function that change its result and that are not served. Anything else
-# unknown is a hint for other implementations.
+# Arguments some models hand to an attention function that change its result and that are not
+# served. Anything else unknown is a hint for other implementations.
 REFUSED_ARGUMENTS = {
     "head_mask": "a mask of heads",
     "layer_head_mask": "a mask of heads",
@@ -61,8 +62,9 @@ def hfp_attention(
         query: (batch, num_heads, seqlen_q, head_dim).
         key: (batch, num_heads_k, seqlen_k, head_dim), position-embedded and taken from the cache.
         value: (batch, num_heads_k, seqlen_k, head_dim of v).
-        attention_mask: what `hfp_mask` made, which then decides alone who sees whom; or a tensor the model or the
-            user made: (batch or 1, num_heads or 1, seqlen_q, seqlen_k) bool (True: may see) or float (added), or
+        attention_mask: what `hfp_mask` made, which then decides alone who sees whom; or a tensor
+            the model or the user made: (batch or 1, num_heads or 1, seqlen_q, seqlen_k) bool (True:
+                may see) or float (added), or
             (batch, seqlen_k) with 1 for real keys; or None.
         scaling: factor on q.k; head_dim ** -0.5 if None.
         dropout: probability.
@@ -71,9 +73,11 @@ def hfp_attention(
         softcap: cap * tanh(logit / cap) before the mask; None or 0 for none.
         s_aux: (num_heads,) learned logit of a key that has no value ("sink").
         position_bias: (batch or 1, num_heads or 1, seqlen_q, seqlen_k), added to the logits.
-        position_ids: int (batch or 1, seqlen_q); where they start anew, so does a document, if seqlen_q == seqlen_k.
+        position_ids: int (batch or 1, seqlen_q); where they start anew, so does a document, if
+            seqlen_q == seqlen_k.
         cu_seq_lens_q, cu_seq_lens_k: int (num_documents + 1,) for a batch of one row.
-        max_length_q, max_length_k: longest document; the whole row if a tensor, which only a sync could read.
+        max_length_q, max_length_k: longest document; the whole row if a tensor, which only a sync
+            could read.
         deterministic: bit-identical gradients; torch.use_deterministic_algorithms' state if None.
         **kwargs: hints for other implementations; those in REFUSED_ARGUMENTS raise.
 
@@ -81,7 +85,8 @@ def hfp_attention(
         (batch, seqlen_q, num_heads, head_dim of v), and None for the weights.
 
     Raises:
-        UnsupportedModelError: what is asked for cannot be served (attention weights, REFUSED_ARGUMENTS).
+        UnsupportedModelError: what is asked for cannot be served (attention weights,
+            REFUSED_ARGUMENTS).
         UnsupportedKernelError: the backend asked for cannot serve it.
         MaskError: the mask does not fit the tensors.
     """
@@ -159,33 +164,41 @@ class _Request:
         is_causal: bool,
         sliding_window: int | None,
     ) -> tuple[AttentionMask, torch.Tensor | None]:
-        """The mask, and a float bias (batch or 1, num_heads or 1, seqlen_q, seqlen_k) if the model brought one."""
+        """The mask, and the float bias the model brought instead of one, if it did.
+
+        The bias is (batch or 1, num_heads or 1, seqlen_q, seqlen_k).
+        """
         if isinstance(attention_mask, AttentionMask):
             return self._checked(attention_mask), None
         if attention_mask is None:
             return self._structured(is_causal, sliding_window), None
         if not isinstance(attention_mask, torch.Tensor):
             raise MaskError(
-                f"attention_mask is a {type(attention_mask).__name__}; allowed are a tensor, None, and what the mask "
+                f"attention_mask is a {type(attention_mask).__name__}; allowed are a tensor, "
+                "None, and what the mask "
                 'function of "hfp" returns. Make the mask with attn_implementation="hfp" set.'
             )
         if attention_mask.ndim == 2:
             padding = attention_mask[:, -self.seqlen_k :].bool()
             if padding.shape[1] != self.seqlen_k:
                 raise MaskError(
-                    f"attention_mask {tuple(attention_mask.shape)} is shorter than the {self.seqlen_k} keys."
+                    f"attention_mask {tuple(attention_mask.shape)} is shorter than the "
+                    f"{self.seqlen_k} keys."
                 )
             return self._structured(is_causal, sliding_window, padding), None
         if attention_mask.ndim != 4:
             raise MaskError(
-                f"attention_mask has {attention_mask.ndim} dimensions; allowed are 2 (batch, seqlen_k) and 4 (batch, "
+                f"attention_mask has {attention_mask.ndim} dimensions; allowed are 2 (batch, "
+                "seqlen_k) and 4 (batch, "
                 "num_heads or 1, seqlen_q, seqlen_k)."
             )
-        # Models with a static cache hand over masks wider than the keys; the eager implementations cut them, too.
+        # Models with a static cache hand over masks wider than the keys; the eager implementations
+        # cut them, too.
         bias = attention_mask[..., : self.seqlen_k]
         if bias.shape[-2] not in (1, self.seqlen_q) or bias.shape[-1] not in (1, self.seqlen_k):
             raise MaskError(
-                f"attention_mask is {tuple(attention_mask.shape)}; with {self.seqlen_q} queries and {self.seqlen_k} "
+                f"attention_mask is {tuple(attention_mask.shape)}; with {self.seqlen_q} queries "
+                f"and {self.seqlen_k} "
                 f"keys it must end in ({self.seqlen_q} or 1, {self.seqlen_k} or 1)."
             )
         everything = self._structured(False, None)
@@ -198,7 +211,8 @@ class _Request:
     ) -> AttentionMask:
         if is_causal and padding is None and self.seqlen_q != 1 and self.seqlen_q != self.seqlen_k:
             raise MaskError(
-                f"causal attention of {self.seqlen_q} queries to {self.seqlen_k} keys without a mask does not say "
+                f"causal attention of {self.seqlen_q} queries to {self.seqlen_k} keys without a "
+                "mask does not say "
                 "which keys are older. Pass the mask that transformers' create_causal_mask returns."
             )
         left = -1 if sliding_window is None else sliding_window - 1
@@ -220,15 +234,16 @@ class _Request:
         expected = (self.batch_size, self.seqlen_q, self.seqlen_k)
         if got != expected:
             raise MaskError(
-                f"the mask was made for (batch, seqlen_q, seqlen_k) = {got}, the tensors are {expected}. The model "
+                f"the mask was made for (batch, seqlen_q, seqlen_k) = {got}, the tensors are "
+                f"{expected}. The model "
                 "reuses a mask for another attention, which this implementation cannot follow."
             )
         return mask
 
     def documents_in(self, position_ids: torch.Tensor, mask: AttentionMask) -> torch.Tensor | None:
         """Document ranges told by position_ids; None where they cannot mean packing."""
-        # With a cache or in cross-attention positions say nothing about keys. Positions of images and of several
-        # axes come in other shapes or dtypes.
+        # With a cache or in cross-attention positions say nothing about keys. Positions of images
+        # and of several axes come in other shapes or dtypes.
         if self.seqlen_q != self.seqlen_k or self.seqlen_q == 1 or mask.doc_range is not None:
             return None
         if position_ids.ndim != 2 or position_ids.is_floating_point():
@@ -244,8 +259,10 @@ class _Request:
         """Document ranges told by cumulative lengths, where the mask must be obeyed as well."""
         if self.batch_size != 1 or self.seqlen_q != self.seqlen_k:
             raise MaskError(
-                f"cu_seq_lens describe one row of equally many queries and keys, got batch {self.batch_size}, "
-                f"{self.seqlen_q} queries and {self.seqlen_k} keys. Flatten the batch, or pass no mask with them."
+                "cu_seq_lens describe one row of equally many queries and keys, got batch "
+                f"{self.batch_size}, "
+                f"{self.seqlen_q} queries and {self.seqlen_k} keys. Flatten the batch, or pass no "
+                "mask with them."
             )
         return packing.ranges_from_cu_seqlens(cu_seqlens, self.seqlen_q)
 
@@ -254,8 +271,10 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     name = type(module).__name__
     if kwargs.get("output_attentions") or attention_weights_wanted():
         raise UnsupportedModelError(
-            f"output_attentions=True: {name} is to return its attention weights, which are never formed. "
-            'Ask for them on a model with set_attn_implementation("eager"), or after unpatch(model).'
+            f"output_attentions=True: {name} is to return its attention weights, which are never "
+            "formed. "
+            'Ask for them on a model with set_attn_implementation("eager"), or after '
+            "unpatch(model)."
         )
     for argument, meaning in REFUSED_ARGUMENTS.items():
         if kwargs.get(argument) is not None:
@@ -268,10 +287,11 @@ def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
 def _to_compute_dtype(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 tensors in the dtype the model computes in: autocast's, or that of the module's own weights.
+    """fp32 tensors in the dtype the model computes in: autocast's, or that of the module's own
+    weights.
 
-    Norms or rotary embeddings kept in fp32 (peft, autocast) turn q, k or v to fp32 although the projections around
-    them are bf16 or fp16. The rule is that of transformers' flash attention.
+    Norms or rotary embeddings kept in fp32 (peft, autocast) turn q, k or v to fp32 although the
+    projections around them are bf16 or fp16. The rule is that of transformers' flash attention.
     """
     tensors = (query, key, value)
     if all(tensor.dtype != torch.float32 for tensor in tensors):
@@ -340,7 +360,8 @@ def _attend(
     """The op, with v's head_dim made q's where a kernel needs that, and sinks."""
     q, k, v = tensors
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    # Zeros change neither q.k nor the other columns of v. The torch engine takes the tensors as they are.
+    # Zeros change neither q.k nor the other columns of v. The torch engine takes the tensors as
+    # they are.
     if head_dim != head_dim_v and q.is_cuda and options["backend"] != "torch":
         wide = max(head_dim, head_dim_v)
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
@@ -366,7 +387,8 @@ def _with_learned_bias(
     """
     if options["backend"] not in ("auto", "torch"):
         raise UnsupportedKernelError(
-            f'backend="{options["backend"]}" has no gradient for a learned position bias; use backend="auto" or "torch".'
+            f'backend="{options["backend"]}" has no gradient for a learned position bias; use '
+            'backend="auto" or "torch".'
         )
     if options["softcap"]:
         raise UnsupportedKernelError(

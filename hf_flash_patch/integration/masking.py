@@ -1,8 +1,10 @@
-"""transformers' mask request -> one small object, computed once per forward and handed to every layer.
+"""transformers' mask request -> one small object, computed once per forward and handed to every
+layer.
 
-transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What the kernels can
-express (causal, windows, padding, documents, a cache longer than what is used) becomes a few numbers and tensors
-linear in the sequence, on the device and without a host sync. Every other request is materialised, by transformers'
+transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What
+the kernels can express (causal, windows, padding, documents, a cache longer than what is used)
+becomes a few numbers and tensors linear in the sequence, on the device and without a host sync.
+Every other request is materialised, by transformers'
 own code, as a dense boolean mask: exact, for the torch backend.
 """
 
@@ -32,11 +34,13 @@ _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Who may see whom, for every layer of one forward. Positions are those of the key tensor's rows.
+    """Who may see whom, for every layer of one forward. Positions are those of the key tensor's
+    rows.
 
     Attributes:
         batch_size, seqlen_q, seqlen_k: sizes of the attention it was made for.
-        causal, window_size: as in `ops`, bottom-right aligned to seqused_k if given, else to seqlen_k.
+        causal, window_size: as in `ops`, bottom-right aligned to seqused_k if given, else to
+            seqlen_k.
         seqused_k: int32 (batch,) or None; keys from there on are unused slots of a cache.
         key_padding: bool (batch, seqlen_k) or None; True where the key is real.
         key_range, key_bits: the same for the kernels (ops.padding).
@@ -69,7 +73,8 @@ class AttentionMask:
         return torch.Size((self.batch_size, 1, self.seqlen_q, self.seqlen_k))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
-        """The same mask on `device` (accelerate moves what a layer is given to the layer's device)."""
+        """The same mask on `device` (accelerate moves what a layer is given to the layer's
+        device)."""
         names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
         moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         moved = {
@@ -78,9 +83,11 @@ class AttentionMask:
         return replace(self, device=torch.device(device), _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
-        """Ranges of the documents that `position_ids`, int (batch or 1, seqlen), tell apart; None if there is one.
+        """Ranges of the documents that `position_ids`, int (batch or 1, seqlen), tell apart; None
+        if there is one.
 
-        Computed once a forward: the layers of a model share the mask and the tensor. On a CUDA device the answer is
+        Computed once a forward: the layers of a model share the mask and the tensor. On a CUDA
+            device the answer is
         never None, since knowing that there is one document only would take a sync.
         """
         if not torch.compiler.is_compiling() and self._packed.get("of") is position_ids:
@@ -137,7 +144,8 @@ class AttentionMask:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """A torch function of a mask is computed on the dense mask, for models that edit the mask themselves."""
+        """A torch function of a mask is computed on the dense mask, for models that edit the mask
+        themselves."""
 
         def dense(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
@@ -162,14 +170,16 @@ def hfp_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> AttentionMask:
-    """The mask function registered with transformers; never returns None, so that a mask cannot be lost.
+    """The mask function registered with transformers; never returns None, so that a mask cannot be
+    lost.
 
     Args:
         batch_size, q_length, kv_length: sizes of the attention.
         q_offset: position of the first query; a tensor of one element where the cache is static.
         kv_offset: position of the first key (sliding caches drop old keys).
         mask_function: (batch, head, query, key) -> bool on positions.
-        attention_mask: bool (batch, seen tokens) or None; or what this function returned, which is returned again.
+        attention_mask: bool (batch, seen tokens) or None; or what this function returned, which is
+            returned again.
         local_size: window or chunk of local attention.
         use_vmap: True where a caller put a function of their own on top.
         config: the model's.
@@ -214,8 +224,9 @@ def _read(
         return None  # a caller's own overlay
     if not torch.compiler.is_compiling():
         return read_mask_function(function)
-    # While torch.compile traces, a function that looks up a tensor (packed documents, chunks) cannot be called on
-    # symbols. transformers packs only where there is neither padding nor a cache, and never bidirectionally.
+    # While torch.compile traces, a function that looks up a tensor (packed documents, chunks)
+    # cannot be called on symbols. transformers packs only where there is neither padding nor a
+    # cache, and never bidirectionally.
     chunked = local_size is not None and local_size == getattr(config, "attention_chunk_size", None)
     starts_empty = isinstance(request["q_offset"], int) and request["q_offset"] == 0
     square = (
@@ -226,8 +237,9 @@ def _read(
         return read_mask_function(function)
     if not square or function.__code__ is not _AND_MASK_CODE:
         return None
-    # What remains is transformers' own "causal, same chunk, same document": a token sees its predecessor unless a
-    # document or a chunk starts, so one diagonal of the mask (linear memory) says where they do.
+    # What remains is transformers' own "causal, same chunk, same document": a token sees its
+    # predecessor unless a document or a chunk starts, so one diagonal of the mask (linear memory)
+    # says where they do.
     window = -1 if chunked or local_size is None else local_size - 1
     return Pattern(causal=True, window_left=window, documents=_documents_on_diagonal(request))
 
@@ -243,7 +255,8 @@ def _documents_on_diagonal(request: dict[str, Any]) -> torch.Tensor:
 
 
 def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
-    """The `AttentionMask` of linear size for `pattern`, or None if the kernels' rules cannot express it."""
+    """The `AttentionMask` of linear size for `pattern`, or None if the kernels' rules cannot
+    express it."""
     batch_size, seqlen_q, seqlen_k = (
         request["batch_size"],
         request["q_length"],
@@ -303,7 +316,8 @@ def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
 def _key_padding(
     padding: torch.Tensor | None, kv_offset: int, seqlen_k: int, batch_size: int
 ) -> torch.Tensor | None:
-    """The columns of the padding mask that the keys stand for, bool (batch, seqlen_k); None if all are known real."""
+    """The columns of the padding mask that the keys stand for, bool (batch, seqlen_k); None if all
+    are known real."""
     if padding is None:
         return None
     columns = padding[:, kv_offset : kv_offset + seqlen_k].bool()

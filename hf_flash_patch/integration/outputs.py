@@ -7,12 +7,14 @@ from transformers.utils import output_capturing
 def attention_weights_wanted() -> bool:
     """True inside a forward with output_attentions=True.
 
-    Most models do not tell their attention modules: a hook picks the weights up, finds None, and drops them without
+    Most models do not tell their attention modules: a hook picks the weights up, finds None, and
+        drops them without
     a word. The collector of the running forward is the one place that knows.
     """
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None:
         return False
-    # A context variable cannot be read while torch.compile traces; transformers then uses this attribute instead.
+    # A context variable cannot be read while torch.compile traces; transformers then uses this
+    # attribute instead.
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
     return bool(collected) and any(name.endswith("attentions") for name in collected)

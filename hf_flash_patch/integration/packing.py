@@ -1,4 +1,5 @@
-"""Documents packed in one row, as the range of keys each token's own document covers; on the device, without a sync.
+"""Documents packed in one row, as the range of keys each token's own document covers; on the
+device, without a sync.
 
 All ranges are int32 (batch, seqlen, 2): start and stop of the document a token belongs to.
 """
@@ -11,7 +12,8 @@ def ranges_from_boundaries(boundary: torch.Tensor) -> torch.Tensor:
     """Document ranges, given where documents start.
 
     Args:
-        boundary: bool (batch, seqlen); True at the first token of every document but a row's first, where it is free.
+        boundary: bool (batch, seqlen); True at the first token of every document but a row's first,
+            where it is free.
 
     Returns:
         int32 (batch, seqlen, 2).
@@ -32,11 +34,14 @@ def boundaries_from_ids(ids: torch.Tensor) -> torch.Tensor:
 def boundaries_from_position_ids(
     position_ids: torch.Tensor, key_padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """bool (batch, seqlen): where a new document starts, judging by int `position_ids` (batch or 1, seqlen).
+    """bool (batch, seqlen): where a new document starts, judging by int `position_ids` (batch or 1,
+    seqlen).
 
-    Without a padding mask a document ends where the next position is not the next integer, as in transformers'
-    own packing detection. With one, bool (batch, seqlen) and True where a token is real, positions are compared from
-    real token to real token, and only a position that does not rise starts a document: what stands at padding means
+    Without a padding mask a document ends where the next position is not the next integer, as in
+    transformers' own packing detection. With one, bool (batch, seqlen) and True where a token is
+    real, positions are compared from
+    real token to real token, and only a position that does not rise starts a document: what stands
+        at padding means
     nothing (left padding reads 1, 1, 0, 1, ... in generate), and holes may be counted or not.
     """
     if key_padding is None:
@@ -52,7 +57,8 @@ def boundaries_from_position_ids(
 
 
 def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tensor:
-    """Document ranges (1, seqlen, 2) of one row, from cumulative lengths int (num_documents + 1,)."""
+    """Document ranges (1, seqlen, 2) of one row, from cumulative lengths int (num_documents +
+    1,)."""
     index = torch.arange(seqlen, device=cu_seqlens.device)
     # Tokens past the last document, if any, form one of their own.
     edges = F.pad(cu_seqlens.long(), (0, 1), value=seqlen)
@@ -63,7 +69,8 @@ def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tenso
 def chunk_ranges(
     chunk_size: int, origin: torch.Tensor, first: int | torch.Tensor, seqlen: int
 ) -> torch.Tensor:
-    """Ranges (batch, seqlen, 2) of chunked attention, for tokens at key positions first .. first + seqlen - 1.
+    """Ranges (batch, seqlen, 2) of chunked attention, for tokens at key positions first .. first +
+    seqlen - 1.
 
     Args:
         chunk_size: tokens in a chunk.

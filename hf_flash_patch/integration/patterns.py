@@ -1,8 +1,10 @@
 """What a transformers mask function says, read by evaluating it on symbols instead of indices.
 
-transformers describes a mask as a function (batch, head, query index, key index) -> bool, composed of closures.
-Calling it with the probes below yields a `Pattern` where every operation is one of those transformers itself uses;
-anything else raises, and the caller materialises the mask: a rule is read exactly or not at all. Unlike looking
+transformers describes a mask as a function (batch, head, query index, key index) -> bool, composed
+of closures. Calling it with the probes below yields a `Pattern` where every operation is one of
+those transformers itself uses;
+anything else raises, and the caller materialises the mask: a rule is read exactly or not at all.
+Unlike looking
 into the closures, calling them also works while torch.compile traces.
 """
 
@@ -26,7 +28,8 @@ class Pattern:
         causal: k <= q.
         window_left, window_right: k >= q - window_left, k <= q + window_right; -1 for no bound.
         documents: int tensor (batch, seqlen) or None; q and k carry the same number.
-        chunk_size, chunk_origin: (q - origin[b]) // size == (k - origin[b]) // size, origin int (batch,); 0 for none.
+        chunk_size, chunk_origin: (q - origin[b]) // size == (k - origin[b]) // size, origin int
+            (batch,); 0 for none.
     """
 
     causal: bool = False
@@ -67,7 +70,8 @@ def _narrower(a: int, b: int) -> int:
 
 
 class _Index:
-    """Symbol of an index: one of "batch", "head", "query", "key", minus `shift`, minus `origin[batch]`, over `chunk`."""
+    """Symbol of an index: one of "batch", "head", "query", "key", minus `shift`, minus
+    `origin[batch]`, over `chunk`."""
 
     device = None
 
@@ -173,10 +177,12 @@ class _Lookup:
 
 
 def read_mask_function(mask_function: Callable) -> Pattern | None:
-    """The `Pattern` that `mask_function` (batch, head, query, key) -> bool stands for, or None if it has none."""
+    """The `Pattern` that `mask_function` (batch, head, query, key) -> bool stands for, or None if
+    it has none."""
     try:
         pattern = mask_function(_Index("batch"), _Index("head"), _Index("query"), _Index("key"))
     except Exception:
-        # Whatever a stranger's function does with the symbols, the answer is the same: not readable.
+        # Whatever a stranger's function does with the symbols, the answer is the same: not
+        # readable.
         return None
     return pattern if isinstance(pattern, Pattern) else None

@@ -6,15 +6,16 @@ from transformers.masking_utils import AttentionMaskInterface
 from .attention import hfp_attention
 from .masking import hfp_mask
 
-# Any name with "flash", "sdpa" or "flex_attention" in it is treated by transformers as one of its own, "/" as a
-# kernel of the hub, so the package's own name cannot be used.
+# Any name with "flash", "sdpa" or "flex_attention" in it is treated by transformers as one of its
+# own, "/" as a kernel of the hub, so the package's own name cannot be used.
 ATTENTION_NAME = "hfp"
 
 
 def register() -> None:
     """Register `ATTENTION_NAME` in AttentionInterface and AttentionMaskInterface; idempotent.
 
-    Both are needed: transformers passes mask None, silently, to an attention function without a mask function.
+    Both are needed: transformers passes mask None, silently, to an attention function without a
+        mask function.
     """
     AttentionInterface.register(ATTENTION_NAME, hfp_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, hfp_mask)

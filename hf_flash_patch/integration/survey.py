@@ -1,6 +1,7 @@
 """Which modules of a model attend, and which of them go through transformers' AttentionInterface.
 
-Judged by the code the modules run, not by flags: a model outside the interface accepts any attention name and
+Judged by the code the modules run, not by flags: a model outside the interface accepts any
+attention name and
 ignores it without a word.
 """
 
@@ -11,7 +12,7 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -39,8 +40,8 @@ class AttentionModule:
     Attributes:
         name: path below the model.
         module: the module.
-        status: "served" (goes through the interface), "unsupported" (own attention; why in `reason`) or "kept" (not
-            attention from token to token; stays as it is).
+        status: "served" (goes through the interface), "unsupported" (own attention; why in
+            `reason`) or "kept" (not attention from token to token; stays as it is).
         reason: empty where served.
     """
 
@@ -82,7 +83,8 @@ def calls_us(module: nn.Module) -> bool:
 
 
 def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every config object that `model` or a module of it refers to, nested ones included, each once."""
+    """Every config object that `model` or a module of it refers to, nested ones included, each
+    once."""
     found: dict[int, PreTrainedConfig] = {}
 
     def add(value: Any) -> None:
@@ -98,13 +100,14 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def pretrained_roots(model: nn.Module) -> list[PreTrainedModel]:
-    """The topmost transformers models in `model`: itself, or what a wrapper (peft, DDP, ...) holds."""
+    """The topmost transformers models in `model`: itself, or what a wrapper (peft, DDP, ...)
+    holds."""
     if isinstance(model, PreTrainedModel):
         return [model]
     return [root for child in model.children() for root in pretrained_roots(child)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _classify(cls: type[nn.Module]) -> tuple[str, str]:
     if issubclass(cls, PreTrainedModel):
         return "", ""
@@ -137,7 +140,7 @@ def _functions(cls: type) -> Iterator[types.FunctionType]:
                 yield value
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """Names of globals and attributes that `code` and the functions nested in it use."""
     nested = (
