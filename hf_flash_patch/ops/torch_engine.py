@@ -1,0 +1,331 @@
+"""The torch engine: exact attention in tiles with online softmax, on any device, memory linear in
+seqlen.
+
+Products and sums are fp32 for fp32, bf16 and fp16 inputs, fp64 for fp64. Work is cut three ways:
+into chunks of (batch, key head), into tiles of query rows, and into blocks of keys, of which those
+that nobody sees are left out.
+
+Legend: n chunk (batches x key heads), g query heads per key head, i rows of a tile, j keys of a
+    block, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .dropout import keep_scale, keep_threshold
+from .dropout import keep_tile as dropout_keep_tile
+from .torch_mask import Block, RowMask, Rules
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How work is cut: `rows` x `keys` a tile, and at most `elements` logits at a time."""
+
+    rows: int
+    keys: int
+    elements: int
+
+
+# A core's L2 holds a tile of 2^18 fp32 logits; a GPU wants enough of them to fill it.
+HOST_TILING = Tiling(rows=256, keys=512, elements=2**18)
+DEVICE_TILING = Tiling(rows=1024, keys=1024, elements=2**25)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything about a call but q, k and v, in the order of the operators' schema."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused_k: torch.Tensor | None
+    key_range: torch.Tensor | None
+    key_bits: torch.Tensor | None
+    doc_range: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    rng_state: torch.Tensor | None
+    attn_bias: torch.Tensor | None
+    softmax_scale: float
+    causal: bool
+    window_left: int
+    window_right: int
+    softcap: float
+    dropout_p: float
+    # Which sequence of the batch the first one of this call is; dropout counts from it.
+    first_sequence: int = 0
+    lengths_q: torch.Tensor | None = None
+    lengths_k: torch.Tensor | None = None
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(
+            causal=self.causal,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            seqused_k=self.seqused_k,
+            key_range=self.key_range,
+            key_bits=self.key_bits,
+            doc_range=self.doc_range,
+            lengths_q=self.lengths_q,
+            lengths_k=self.lengths_k,
+        )
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A chunk's rows: `batches` and `heads` (key heads) of the call, `rows` of each."""
+
+    batches: slice
+    heads: slice
+    rows: slice
+
+
+class Engine:
+    """One dense call, cut into tiles."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call):
+        self.q, self.k, self.v, self.call = q, k, v, call
+        self.batch, self.seqlen_q, self.num_heads, self.head_dim = q.shape
+        self.seqlen_k, self.num_heads_k, self.head_dim_v = v.shape[1:]
+        self.groups = self.num_heads // self.num_heads_k
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.tiling = HOST_TILING if q.device.type == "cpu" else DEVICE_TILING
+        self.mask = RowMask(call.rules, self.seqlen_q, self.seqlen_k, q.device)
+        self.drops = call.rng_state is not None and keep_threshold(call.dropout_p) < 256
+        self.kept_scale = keep_scale(call.dropout_p)
+        # (batch or 1, key heads, groups, 1, 1)
+        self.slopes = None
+        if call.alibi_slopes is not None:
+            slopes = call.alibi_slopes.to(self.dtype)
+            slopes = slopes[None] if slopes.dim() == 1 else slopes
+            self.slopes = self._by_group(slopes, dim=1)[..., None, None]
+        # (batch, key heads, groups, seqlen_q, seqlen_k), expanded
+        self.bias = None
+        if call.attn_bias is not None:
+            shape = (self.batch, self.num_heads, self.seqlen_q, self.seqlen_k)
+            self.bias = self._by_group(call.attn_bias.expand(shape), dim=1)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q
+        out = q.new_zeros((*q.shape[:-1], self.head_dim_v))
+        lse = q.new_full(
+            (self.batch, self.num_heads, self.seqlen_q), float("-inf"), dtype=self.dtype
+        )
+        out_by_group = self._by_group(out, dim=2)  # b i h g d
+        lse_by_group = self._by_group(lse, dim=1)  # b h g i
+        for batches, heads in self._chunks():
+            qc, kc, vc = self._chunk_inputs(batches, heads)
+            for rows in self._row_tiles():
+                tile = Tile(batches, heads, rows)
+                out_tile, lse_tile = self._forward_tile(tile, qc, kc, vc)
+                if out_tile is None:
+                    continue
+                shape = (batches.stop - batches.start, heads.stop - heads.start, self.groups, -1)
+                lse_by_group[batches, heads, :, rows] = lse_tile.view(shape)
+                out_tile = out_tile.view(*shape, self.head_dim_v)
+                out_by_group[batches, rows, heads] = out_tile.permute(0, 3, 1, 2, 4).to(out.dtype)
+        return out, lse
+
+    def _forward_tile(
+        self, tile: Tile, qc: torch.Tensor, kc: torch.Tensor, vc: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """out (n, g * i, d) and lse (n, g * i, 1) of a tile; None if it meets no key."""
+        q = qc[:, :, tile.rows].flatten(1, 2)  # n gi d
+        highest = total = acc = None
+        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+            s, _ = self._logits(tile, block, q, kc)  # n gi j
+            peak = s.amax(dim=-1, keepdim=True)
+            peak = peak if highest is None else torch.maximum(highest, peak)
+            # A row that has seen nothing yet would give -inf - (-inf).
+            base = peak.masked_fill(peak == float("-inf"), 0.0)
+            p = s.sub_(base).exp_()
+            block_total = p.sum(dim=-1, keepdim=True)
+            if self.drops:
+                p = p.mul_(self._keep(tile, block))
+            values = vc[:, block.begin : block.end]
+            if acc is None:
+                total, acc = block_total, torch.bmm(p, values)
+            else:
+                decay = torch.exp(highest - base)
+                total = total.mul_(decay).add_(block_total)
+                acc = acc.mul_(decay).baddbmm_(p, values)
+            highest = peak
+        if acc is None:
+            return None, None
+        empty = highest == float("-inf")
+        lse = highest + total.masked_fill(empty, 1.0).log()
+        acc = acc / total.masked_fill(empty, 1.0)
+        return (acc * self.kept_scale if self.drops else acc), lse
+
+    def backward(
+        self,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in self._inputs)
+        dq_by_group = self._by_group(dq, dim=2)  # b i h g d
+        for batches, heads in self._chunks():
+            qc, kc, vc = self._chunk_inputs(batches, heads)
+            gradients = self._chunk_gradients(batches, heads, dout, dlse, out, lse)
+            dqc, dkc, dvc = torch.zeros_like(qc), torch.zeros_like(kc), torch.zeros_like(vc)
+            for rows in self._row_tiles():
+                tile = Tile(batches, heads, rows)
+                self._backward_tile(tile, qc, kc, vc, gradients, dqc, dkc, dvc)
+            n = (batches.stop - batches.start, heads.stop - heads.start)
+            dqc = dqc.mul_(self.call.softmax_scale).unflatten(0, n)  # b h g i d
+            dq_by_group[batches, :, heads] = dqc.permute(0, 3, 1, 2, 4).to(dq.dtype)
+            dk[batches, :, heads] = dkc.unflatten(0, n).transpose(1, 2).to(dk.dtype)
+            dv[batches, :, heads] = dvc.unflatten(0, n).transpose(1, 2).to(dv.dtype)
+        return dq, dk, dv
+
+    def _backward_tile(
+        self,
+        tile: Tile,
+        qc: torch.Tensor,
+        kc: torch.Tensor,
+        vc: torch.Tensor,
+        gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dqc: torch.Tensor,
+        dkc: torch.Tensor,
+        dvc: torch.Tensor,
+    ) -> None:
+        """Add a tile's share to the gradients of its chunk."""
+        q = qc[:, :, tile.rows].flatten(1, 2)  # n gi d
+        dout, delta, lse = (x[:, :, tile.rows].flatten(1, 2) for x in gradients)
+        dq = torch.zeros_like(q)
+        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+            keys = slice(block.begin, block.end)
+            s, slope = self._logits(tile, block, q, kc)
+            p = s.sub_(lse).exp_()  # n gi j
+            dp = torch.bmm(dout, vc[:, keys].transpose(1, 2))
+            if self.drops:
+                keep = self._keep(tile, block).to(self.dtype).mul_(self.kept_scale)
+                dp.mul_(keep)
+                dvc[:, keys].baddbmm_((p * keep).transpose(1, 2), dout)
+            else:
+                dvc[:, keys].baddbmm_(p.transpose(1, 2), dout)
+            ds = dp.sub_(delta).mul_(p)
+            if slope is not None:
+                ds.mul_(slope)
+            dq.baddbmm_(ds, kc[:, keys])
+            dkc[:, keys].baddbmm_(ds.transpose(1, 2), q)
+        dqc[:, :, tile.rows] = dq.unflatten(1, (self.groups, -1))
+
+    def _logits(
+        self, tile: Tile, block: Block, q: torch.Tensor, kc: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked logits (n, g * i, j), and the slope of softcap there, if any."""
+        s = torch.bmm(q, kc[:, block.begin : block.end].transpose(1, 2))
+        slope = None
+        if self.call.softcap > 0.0:
+            capped = s.div_(self.call.softcap).tanh_()
+            slope = 1.0 - capped * capped
+            s = capped.mul_(self.call.softcap)
+        batches, heads, rows = tile.batches, tile.heads, tile.rows
+        n = (batches.stop - batches.start, heads.stop - heads.start, self.groups)
+        by_group = s.view(*n, rows.stop - rows.start, block.end - block.begin)  # b h g i j
+        if self.slopes is not None:
+            slopes = self.slopes[:, heads]
+            slopes = slopes if slopes.shape[0] == 1 else slopes[batches]
+            distance = self.mask.distance(batches, rows, block).to(self.dtype)
+            by_group.addcmul_(slopes, distance[:, None, None], value=-1.0)
+        if self.bias is not None:
+            bias = self.bias[batches, heads, :, rows, block.begin : block.end]
+            if bias.dtype == torch.bool:
+                by_group.masked_fill_(~bias, float("-inf"))
+            else:
+                by_group.add_(bias.to(self.dtype))
+        if block.partial:
+            hidden = self.mask.hidden(batches, rows, block)  # b i j
+            by_group.masked_fill_(hidden[:, None, None], float("-inf"))
+        return s, slope
+
+    def _keep(self, tile: Tile, block: Block) -> torch.Tensor:
+        """Which probabilities of a block survive dropout, bool (n, g * i, j)."""
+        device = self.q.device
+        first = self.call.first_sequence
+        b = torch.arange(tile.batches.start + first, tile.batches.stop + first, device=device)
+        h = torch.arange(
+            tile.heads.start * self.groups, tile.heads.stop * self.groups, device=device
+        )
+        heads = (b[:, None] * self.num_heads + h).flatten()
+        keep = dropout_keep_tile(
+            self.call.rng_state,
+            self.call.dropout_p,
+            heads,
+            tile.rows.start,
+            tile.rows.stop,
+            block.begin,
+            block.end,
+        )
+        return keep.reshape(-1, self.groups * keep.shape[1], keep.shape[2])
+
+    def _chunks(self) -> Iterator[tuple[slice, slice]]:
+        """Batches and key heads that are worked on at once."""
+        tiling = self.tiling
+        tile = min(tiling.rows, self.seqlen_q) * min(tiling.keys, self.seqlen_k) * self.groups
+        if 0 in (tile, self.batch):
+            return
+        heads = max(1, min(self.num_heads_k, tiling.elements // tile))
+        batches = 1
+        if heads == self.num_heads_k:
+            batches = max(1, min(self.batch, tiling.elements // (tile * heads)))
+        for b in range(0, self.batch, batches):
+            for h in range(0, self.num_heads_k, heads):
+                yield (
+                    slice(b, min(b + batches, self.batch)),
+                    slice(h, min(h + heads, self.num_heads_k)),
+                )
+
+    def _row_tiles(self) -> Iterator[slice]:
+        for i in range(0, self.seqlen_q, self.tiling.rows):
+            yield slice(i, min(i + self.tiling.rows, self.seqlen_q))
+
+    def _chunk_inputs(
+        self, batches: slice, heads: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (n, g, i, d), scaled, k and v (n, j, d), contiguous, in the dtype of computation."""
+        q = self._by_group(self.q, dim=2)[batches, :, heads].permute(0, 2, 3, 1, 4)
+        q = self._copy(q).mul_(self.call.softmax_scale).flatten(0, 1)
+        k, v = (self._copy(x[batches, :, heads].transpose(1, 2)) for x in (self.k, self.v))
+        return q, k.flatten(0, 1), v.flatten(0, 1)
+
+    def _chunk_gradients(
+        self,
+        batches: slice,
+        heads: slice,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dout (n, g, i, d); rowsum(dout * out) - dlse and lse (n, g, i, 1), lse +inf if -inf."""
+        dout, out = (
+            self._copy(self._by_group(x, dim=2)[batches, :, heads].permute(0, 2, 3, 1, 4))
+            for x in (dout, out)
+        )
+        delta = (dout * out).sum(dim=-1, keepdim=True)
+        if dlse is not None:
+            delta = delta - self._by_group(dlse, dim=1)[batches, heads][..., None]
+        lse = self._by_group(lse, dim=1)[batches, heads][..., None]
+        # exp(logit - inf) is 0 for every logit, also for -inf.
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        return dout.flatten(0, 1), delta.flatten(0, 1), lse.flatten(0, 1)
+
+    def _by_group(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """Query heads of dimension `dim` as (key heads, groups)."""
+        return x.unflatten(dim, (self.num_heads_k, self.groups))
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty(x.shape, dtype=self.dtype, device=x.device).copy_(x)
+
+    @property
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.q, self.k, self.v

@@ -1,0 +1,178 @@
+"""Who sees whom, for the torch engine: a range of keys per row, and from it the key blocks of a
+tile.
+
+The host needs numbers to skip blocks and to leave whole blocks untested. It has all of them for
+tensors on the CPU; elsewhere reading them would synchronise, so there it knows what follows from
+shapes and scalars alone, and every block whose rules include a tensor gets the element test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .padding import unpack_key_bits
+
+# Key blocks start on a multiple of this, dropout's tile of columns.
+ALIGNMENT = 32
+
+
+def host_readable(device: torch.device) -> bool:
+    """Whether reading a tensor of `device` on the host costs no synchronisation."""
+    return device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The mask arguments of one dense call; fields as in `MaskArguments`.
+
+    lengths_q, lengths_k, int (batch,), stand for sequences of different lengths padded to one: rows
+    past lengths_q see nothing.
+    """
+
+    causal: bool
+    window_left: int
+    window_right: int
+    seqused_k: torch.Tensor | None = None
+    key_range: torch.Tensor | None = None
+    key_bits: torch.Tensor | None = None
+    doc_range: torch.Tensor | None = None
+    lengths_q: torch.Tensor | None = None
+    lengths_k: torch.Tensor | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether shapes and scalars are all there is."""
+        return not self.shifted and all(
+            x is None for x in (self.key_range, self.key_bits, self.doc_range)
+        )
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the alignment of causal and window depends on a tensor."""
+        return any(x is not None for x in (self.seqused_k, self.lengths_q, self.lengths_k))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys [begin, end) of a tile; `partial` if some pair has to be tested."""
+
+    begin: int
+    end: int
+    partial: bool
+
+
+class RowMask:
+    """The rules turned into one range of keys per row, and one bit per key.
+
+    Attributes:
+        shift: how far the diagonal lies to the right; int, or int64 (batch, 1) on the device.
+        begin, end: int64 (batch or 1, seqlen_q) on the device; row i sees keys of [begin, end). A
+            row that sees none has (seqlen_k, 0).
+        bits: bool (batch, seqlen_k) or None.
+    """
+
+    def __init__(self, rules: Rules, seqlen_q: int, seqlen_k: int, device: torch.device):
+        self.seqlen_k = seqlen_k
+        self.shift = _shift(rules, seqlen_q, seqlen_k)
+        self.begin, self.end = _row_ranges(rules, self.shift, seqlen_q, seqlen_k, device)
+        self.bits = None
+        if rules.key_bits is not None:
+            self.bits = unpack_key_bits(rules.key_bits, seqlen_k)
+
+        self.readable = host_readable(device)
+        self.exact = self.readable or rules.static
+        self.host_begin, self.host_end = self.begin, self.end
+        if not self.readable:
+            scalars = Rules(rules.causal, rules.window_left, rules.window_right)
+            if rules.shifted:
+                scalars = Rules(False, -1, -1)
+            self.host_begin, self.host_end = _row_ranges(
+                scalars, seqlen_k - seqlen_q, seqlen_q, seqlen_k, torch.device("cpu")
+            )
+
+    def blocks(self, batches: slice, rows: slice, block_size: int) -> Iterator[Block]:
+        """The key blocks, of at most `block_size`, that a tile of rows meets in `batches`."""
+        begin = _batches(self.host_begin, batches)[:, rows]
+        end = _batches(self.host_end, batches)[:, rows]
+        first, last = int(begin.amin()) // ALIGNMENT * ALIGNMENT, int(end.amax())
+        if self.exact:
+            every_from, every_to = int(begin.amax()), int(end.amin())
+        else:
+            every_from, every_to = self.seqlen_k, 0
+        holes = None
+        if self.bits is not None and self.readable:
+            holes = ~self.bits[batches].all(dim=0)
+        for start in range(first, last, block_size):
+            stop = min(start + block_size, last)
+            partial = start < every_from or stop > every_to
+            if holes is not None:
+                partial = partial or bool(holes[start:stop].any())
+            yield Block(start, stop, partial)
+
+    def hidden(self, batches: slice, rows: slice, block: Block) -> torch.Tensor:
+        """bool (batches or 1, rows, keys of the block), True where a pair is hidden."""
+        j = torch.arange(block.begin, block.end, device=self.begin.device)
+        begin = _batches(self.begin, batches)[:, rows, None]
+        end = _batches(self.end, batches)[:, rows, None]
+        hidden = (j < begin) | (j >= end)
+        if self.bits is not None:
+            hidden = hidden | ~self.bits[batches, None, block.begin : block.end]
+        return hidden
+
+    def distance(self, batches: slice, rows: slice, block: Block) -> torch.Tensor:
+        """|i + shift - j|, int64 (batches or 1, rows, keys of the block)."""
+        device = self.begin.device
+        i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+        j = torch.arange(block.begin, block.end, device=device)
+        if isinstance(self.shift, int):
+            return (i + (self.shift - j)).abs()[None]
+        return (i + self.shift[batches, :, None] - j).abs()
+
+
+def _batches(ranges: torch.Tensor, batches: slice) -> torch.Tensor:
+    return ranges if ranges.shape[0] == 1 else ranges[batches]
+
+
+def _shift(rules: Rules, seqlen_q: int, seqlen_k: int) -> int | torch.Tensor:
+    if not rules.shifted:
+        return seqlen_k - seqlen_q
+    shift = -seqlen_q if rules.lengths_q is None else -rules.lengths_q.long()
+    if rules.seqused_k is not None:
+        shift = shift + rules.seqused_k.long()
+    elif rules.lengths_k is not None:
+        shift = shift + rules.lengths_k.long()
+    else:
+        shift = shift + seqlen_k
+    return shift[:, None]
+
+
+def _row_ranges(
+    rules: Rules,
+    shift: int | torch.Tensor,
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    i = torch.arange(seqlen_q, device=device)[None]
+    begin, end = torch.zeros_like(i), torch.full_like(i, seqlen_k)
+    for used in (rules.seqused_k, rules.lengths_k):
+        if used is not None:
+            end = torch.minimum(end, used.long()[:, None])
+    right = 0 if rules.causal else rules.window_right
+    if rules.window_left >= 0:
+        begin = torch.maximum(begin, i + (shift - rules.window_left))
+    if right >= 0:
+        end = torch.minimum(end, i + (shift + right + 1))
+    if rules.key_range is not None:
+        begin = torch.maximum(begin, rules.key_range[:, :1].long())
+        end = torch.minimum(end, rules.key_range[:, 1:].long())
+    if rules.doc_range is not None:
+        begin = torch.maximum(begin, rules.doc_range[..., 0].long())
+        end = torch.minimum(end, rules.doc_range[..., 1].long())
+    nothing = begin >= end
+    if rules.lengths_q is not None:
+        nothing = nothing | (i >= rules.lengths_q[:, None])
+    return begin.masked_fill(nothing, seqlen_k), end.masked_fill(nothing, 0)
