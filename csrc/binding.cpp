@@ -1,5 +1,5 @@
-// torch.ops.hf_flash_patch.cuda_forward and cuda_backward: tensors to params.h. The schemas, and what a caller is told of bad
-// input, are in hf_flash_patch/ops; here only what would otherwise read out of bounds is checked again.
+// torch.ops.hf_flash_patch.cuda_forward and cuda_backward: tensors to params.h. The schemas, and what a caller is told
+// of bad input, are in hf_flash_patch/ops; here only what would otherwise read out of bounds is checked again.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -17,7 +17,8 @@ void require(bool ok, const char* what) {
 
 Dtype dtype_of(const Tensor& t) {
   if (t.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  require(t.scalar_type() == ScalarType::Half, "the compiled kernels take bfloat16 and float16; use backend=\"torch\" for others");
+  require(t.scalar_type() == ScalarType::Half,
+          "the compiled kernels take bfloat16 and float16; use backend=\"torch\" for others");
   return Dtype::fp16;
 }
 
@@ -79,8 +80,10 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   check_i32(c.cu_seqlens_k, p.batch + 1, "cu_seqlens_k has to be int32, contiguous, (batch + 1,)");
   check_i32(c.seqused_k, p.batch, "seqused_k has to be int32, contiguous, (batch,)");
   check_i32(c.key_range, 2 * p.batch, "key_range has to be int32, contiguous, (batch, 2)");
-  check_i32(c.key_bits, int64_t{p.batch} * ((m.seqlen_k + 31) / 32), "key_bits has to be int32, contiguous, (batch, ceil(seqlen_k / 32))");
-  check_i32(c.doc_range, 2 * int64_t{p.batch} * m.seqlen_q, "doc_range has to be int32, contiguous, (batch, seqlen, 2)");
+  check_i32(c.key_bits, int64_t{p.batch} * ((m.seqlen_k + 31) / 32),
+            "key_bits has to be int32, contiguous, (batch, ceil(seqlen_k / 32))");
+  check_i32(c.doc_range, 2 * int64_t{p.batch} * m.seqlen_q,
+            "doc_range has to be int32, contiguous, (batch, seqlen, 2)");
   require(!c.doc_range || m.seqlen_q == m.seqlen_k, "doc_range needs seqlen_q == seqlen_k");
   m.cu_seqlens_q = data_or_null<const int>(c.cu_seqlens_q);
   m.cu_seqlens_k = data_or_null<const int>(c.cu_seqlens_k);
@@ -96,7 +99,8 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   if (c.causal) m.window_right = 0;
 
   if (c.rng_state) {
-    require(c.rng_state->scalar_type() == ScalarType::Long && c.rng_state->numel() == 2, "rng_state has to be int64, (2,)");
+    require(c.rng_state->scalar_type() == ScalarType::Long && c.rng_state->numel() == 2,
+            "rng_state has to be int64, (2,)");
     p.dropout.rng_state = data_or_null<const int64_t>(c.rng_state);
     p.dropout.keep = static_cast<uint32_t>(std::floor((1.0 - c.dropout_p) * 256.0 + 0.5));
     p.dropout.rescale = p.dropout.keep ? 256.f / static_cast<float>(p.dropout.keep) : 0.f;
@@ -106,8 +110,10 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   p.softmax_scale = static_cast<float>(c.softmax_scale);
   p.softcap = static_cast<float>(c.softcap);
   if (c.alibi_slopes) {
-    require(c.alibi_slopes->scalar_type() == ScalarType::Float && c.alibi_slopes->is_contiguous(), "alibi_slopes has to be fp32, contiguous");
-    require(c.alibi_slopes->numel() == p.num_heads * (c.alibi_slopes->dim() == 2 ? p.batch : 1), "alibi_slopes has to be (num_heads,) or (batch, num_heads)");
+    require(c.alibi_slopes->scalar_type() == ScalarType::Float && c.alibi_slopes->is_contiguous(),
+            "alibi_slopes has to be fp32, contiguous");
+    require(c.alibi_slopes->numel() == p.num_heads * (c.alibi_slopes->dim() == 2 ? p.batch : 1),
+            "alibi_slopes has to be (num_heads,) or (batch, num_heads)");
     p.alibi_slopes = data_or_null<const float>(c.alibi_slopes);
     p.alibi_batch_stride = c.alibi_slopes->dim() == 2 ? p.num_heads : 0;
   }
@@ -115,20 +121,23 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   p.exp2_scale = static_cast<float>(p.is_general() ? kLog2e : c.softmax_scale * kLog2e);
 }
 
-std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                        int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
-                                        OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range,
-                                        OptionalTensor alibi_slopes, OptionalTensor rng_state, double softmax_scale, bool causal,
-                                        int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
-  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,   key_range,    key_bits, doc_range,
-                  alibi_slopes, rng_state,    softmax_scale, causal,      window_left, window_right, softcap,  dropout_p};
+std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
+                                        OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                        OptionalTensor seqused_k, OptionalTensor key_range, OptionalTensor key_bits,
+                                        OptionalTensor doc_range, OptionalTensor alibi_slopes, OptionalTensor rng_state,
+                                        double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                                        double softcap, double dropout_p) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int rows = call.varlen() ? 0 : 1;
   std::vector<int64_t> size;
   for (int i = 0; i < q.dim(); ++i) size.push_back(q.size(i));
   Tensor out = empty(q, size, q.scalar_type());
-  Tensor lse = empty(q, call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
-                                      : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
+  Tensor lse = empty(q,
+                     call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
+                                   : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
                      ScalarType::Float);
   AttentionParams p;
   fill(p, q, k, v, out, lse, call);
@@ -136,15 +145,15 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_backward(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                 Tensor lse, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-                                                 int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
-                                                 OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range,
-                                                 OptionalTensor alibi_slopes, OptionalTensor rng_state, double softmax_scale,
-                                                 bool causal, int64_t window_left, int64_t window_right, double softcap,
-                                                 double dropout_p, bool deterministic) {
-  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,   key_range,    key_bits, doc_range,
-                  alibi_slopes, rng_state,    softmax_scale, causal,      window_left, window_right, softcap,  dropout_p};
+std::tuple<Tensor, Tensor, Tensor> cuda_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
+    OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range, OptionalTensor alibi_slopes,
+    OptionalTensor rng_state, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+    double softcap, double dropout_p, bool deterministic) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Dtype dtype = dtype_of(q);
   const auto like = [](const Tensor& t) {
@@ -164,8 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(Tensor dout, OptionalTensor dls
   p.dv = view(dv);
   p.dlse = data_or_null<const float>(dlse);
 
-  const int64_t rows = call.varlen() ? q.size(0) + int64_t{p.batch} * kScratchTile
-                                     : int64_t{p.batch} * ((q.size(1) + kScratchTile - 1) / kScratchTile) * kScratchTile;
+  const int64_t rows = call.varlen()
+                           ? q.size(0) + int64_t{p.batch} * kScratchTile
+                           : int64_t{p.batch} * ((q.size(1) + kScratchTile - 1) / kScratchTile) * kScratchTile;
   p.scratch_rows = (rows + kScratchTile - 1) / kScratchTile * kScratchTile;
   const int64_t all = p.scratch_rows * p.num_heads;
   Tensor per_row = empty(q, {2, all}, ScalarType::Float);

@@ -85,9 +85,12 @@ bool serves(Arch arch, const Device& d) {
   static const char* names[] = {"sm80", "sm86", "sm90"};
   if (forced && *forced) return std::strcmp(forced, names[static_cast<int>(arch)]) == 0;
   switch (arch) {
-    case Arch::sm80: return d.capability >= 80;
-    case Arch::sm86: return d.capability >= 80 && d.shared_bytes < 160 * 1024;
-    case Arch::sm90: return d.capability == 90;
+    case Arch::sm80:
+      return d.capability >= 80;
+    case Arch::sm86:
+      return d.capability >= 80 && d.shared_bytes < 160 * 1024;
+    case Arch::sm90:
+      return d.capability == 90;
   }
   return false;
 }
@@ -101,11 +104,11 @@ const Instance& find(Direction direction, Dtype dtype, int head_dim) {
     if (!best || i.head_dim < best->head_dim || (i.head_dim == best->head_dim && i.arch > best->arch)) best = &i;
   }
   if (best) return *best;
-  throw std::runtime_error("hf_flash_patch: no compiled " + std::string(direction == Direction::forward ? "forward" : "backward") +
-                           " kernel for head_dim " + std::to_string(head_dim) + ", " +
-                           (dtype == Dtype::bf16 ? "bfloat16" : "float16") + ", compute capability " +
-                           std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10) +
-                           "; compiled are: " + compiled_instances() + ". Use backend=\"torch\" or rebuild with that instance.");
+  throw std::runtime_error(
+      "hf_flash_patch: no compiled " + std::string(direction == Direction::forward ? "forward" : "backward") +
+      " kernel for head_dim " + std::to_string(head_dim) + ", " + (dtype == Dtype::bf16 ? "bfloat16" : "float16") +
+      ", compute capability " + std::to_string(device.capability / 10) + "." + std::to_string(device.capability % 10) +
+      "; compiled are: " + compiled_instances() + ". Use backend=\"torch\" or rebuild with that instance.");
 }
 
 }  // namespace

@@ -26,7 +26,8 @@ inline void check(cudaError_t status, const char* name) {
 template <auto kKernel, class Params>
 void launch(const Launch& l, const Params& params) {
   if (l.blocks == 0) return;
-  if (l.blocks > 0x7fffffff) throw std::runtime_error(std::string("hf_flash_patch: ") + l.name + ": more than 2^31 - 1 tiles");
+  if (l.blocks > 0x7fffffff)
+    throw std::runtime_error(std::string("hf_flash_patch: ") + l.name + ": more than 2^31 - 1 tiles");
   if (l.shared_bytes > 48 * 1024) {  // once a device: the call costs about a microsecond
     static std::atomic<uint64_t> allowed{0};
     int device = 0;

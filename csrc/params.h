@@ -18,19 +18,20 @@ struct TensorView {
   bool aligned = false;  // every row starts on 16 bytes, so that rows may be copied in 16-byte pieces
 };
 
-// Which (query, key) pairs see each other. Everything that depends on data lives on the device: nothing here costs a sync.
+// Which (query, key) pairs see each other. Everything that depends on data lives on the device: nothing here costs a
+// sync.
 struct MaskParams {
-  const int* cu_seqlens_q = nullptr;      // [batch + 1]; set for variable length
-  const int* cu_seqlens_k = nullptr;      // [batch + 1]
-  const int* seqused_k = nullptr;         // [batch] keys in use; replaces seqlen_k, also in the alignment
-  const int* key_range = nullptr;         // [batch, 2] first visible key and one past the last; leaves the alignment alone
-  const uint32_t* key_bits = nullptr;     // [batch, key_bits_stride] bit j % 32 of word j / 32: key j is real
-  int64_t key_bits_stride = 0;            // words
-  const int* doc_range = nullptr;         // [batch, seqlen, 2] first key and one past the last of the row's own document
-  int seqlen_q = 0;                       // the longest sequence, if lengths vary
+  const int* cu_seqlens_q = nullptr;   // [batch + 1]; set for variable length
+  const int* cu_seqlens_k = nullptr;   // [batch + 1]
+  const int* seqused_k = nullptr;      // [batch] keys in use; replaces seqlen_k, also in the alignment
+  const int* key_range = nullptr;      // [batch, 2] first visible key and one past the last; leaves the alignment alone
+  const uint32_t* key_bits = nullptr;  // [batch, key_bits_stride] bit j % 32 of word j / 32: key j is real
+  int64_t key_bits_stride = 0;         // words
+  const int* doc_range = nullptr;      // [batch, seqlen, 2] first key and one past the last of the row's own document
+  int seqlen_q = 0;                    // the longest sequence, if lengths vary
   int seqlen_k = 0;
-  int window_left = -1;                   // keys to the left of the diagonal; negative: no limit
-  int window_right = -1;                  // causal is window_right = 0
+  int window_left = -1;   // keys to the left of the diagonal; negative: no limit
+  int window_right = -1;  // causal is window_right = 0
 };
 
 struct DropoutParams {
@@ -41,23 +42,24 @@ struct DropoutParams {
 
 struct AttentionParams {
   TensorView q, k, v, out;
-  float* lse = nullptr;          // row i of head h of sequence b: b * lse_batch_stride + h * lse_head_stride + i (+ cu_seqlens_q[b])
+  float* lse =
+      nullptr;  // row i of head h of sequence b: b * lse_batch_stride + h * lse_head_stride + i (+ cu_seqlens_q[b])
   int64_t lse_batch_stride = 0;
   int64_t lse_head_stride = 0;
 
   int batch = 0;
   int num_heads = 0;
   int num_heads_k = 0;
-  int heads_per_group = 1;       // num_heads / num_heads_k
+  int heads_per_group = 1;  // num_heads / num_heads_k
   int head_dim = 0;
 
   MaskParams mask;
   DropoutParams dropout;
 
-  float softmax_scale = 1.f;     // applied to dK and dQ
-  float logit_scale = 1.f;       // applied to q.k before softcap and ALiBi; 1 where neither is used
-  float exp2_scale = 1.f;        // turns what is then left into a base-2 exponent
-  float softcap = 0.f;           // 0: none
+  float softmax_scale = 1.f;            // applied to dK and dQ
+  float logit_scale = 1.f;              // applied to q.k before softcap and ALiBi; 1 where neither is used
+  float exp2_scale = 1.f;               // turns what is then left into a base-2 exponent
+  float softcap = 0.f;                  // 0: none
   const float* alibi_slopes = nullptr;  // [num_heads], or [batch, num_heads] with alibi_batch_stride = num_heads
   int alibi_batch_stride = 0;
 
@@ -65,19 +67,21 @@ struct AttentionParams {
   bool is_general() const { return softcap > 0.f || alibi_slopes || !(softmax_scale > 0.f); }
 };
 
-// Backward keeps scratch per row. Each sequence starts on a multiple of this many rows, which every tile height divides, so
-// that no tile holds rows of two sequences.
+// Backward keeps scratch per row. Each sequence starts on a multiple of this many rows, which every tile height
+// divides, so that no tile holds rows of two sequences.
 constexpr int kScratchTile = 128;
 constexpr int kSmallestTile = 32;
 
 struct BackwardParams : AttentionParams {
   TensorView dout, dq, dk, dv;
-  const float* dlse = nullptr;   // laid out as lse; may be null
-  float* lse_log2 = nullptr;     // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
-  float* delta = nullptr;        // [num_heads, scratch_rows] rowsum(dout * out) - dlse
-  float* dq_accum = nullptr;     // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
-  int* dq_turn = nullptr;        // [num_heads, scratch_rows / kSmallestTile] deterministic only: how many key blocks have added to the tile
-  int64_t scratch_rows = 0;      // rows per head over the whole batch
+  const float* dlse = nullptr;  // laid out as lse; may be null
+  float* lse_log2 =
+      nullptr;             // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
+  float* delta = nullptr;  // [num_heads, scratch_rows] rowsum(dout * out) - dlse
+  float* dq_accum = nullptr;  // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
+  int* dq_turn = nullptr;     // [num_heads, scratch_rows / kSmallestTile] deterministic only: how many key blocks have
+                              // added to the tile
+  int64_t scratch_rows = 0;   // rows per head over the whole batch
 };
 
 }  // namespace hfp

@@ -1,4 +1,5 @@
-// What this project needs of torch, on its stable ABI: one binary serves every torch from 2.10 on and every Python from 3.10.
+// What this project needs of torch, on its stable ABI: one binary serves every torch from 2.10 on and every Python
+// from 3.10.
 #pragma once
 
 #include <cuda_runtime.h>

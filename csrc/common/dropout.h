@@ -1,10 +1,11 @@
-// Counter-based dropout: the byte of (row, column, head, batch) is a pure function of (seed, offset), so forward, backward,
-// recomputation and the Python engine agree whatever their tiles. Philox4x32 (Salmon et al., SC'11) with 7 rounds, the
-// fewest that pass BigCrush; one call serves 16 elements, 8 bits each, and a probability is therefore a multiple of 1/256.
+// Counter-based dropout: the byte of (row, column, head, batch) is a pure function of (seed, offset), so forward,
+// backward, recomputation and the Python engine agree whatever their tiles. Philox4x32 (Salmon et al., SC'11) with 7
+// rounds, the fewest that pass BigCrush; one call serves 16 elements, 8 bits each, and a probability is therefore a
+// multiple of 1/256.
 //
 // Its 16 elements are rows {g, g + 8} and columns {c, c + 1} + {0, 8, 16, 24}: what one thread holds of a 16 x 32
-// accumulator. The two rows and the columns 8 apart share a word, so that a transposed accumulator finds its elements in
-// whole words as well.
+// accumulator. The two rows and the columns 8 apart share a word, so that a transposed accumulator finds its elements
+// in whole words as well.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,8 +37,8 @@ class Dropout {
   }
 
   // Keep bits of one thread's share of the 16 x 32 tile at (row, col), both multiples of 16 and 32; lane_row = 0..7 and
-  // lane_col = 0..3 place the thread in an accumulator. Bit 4 * j + e is element e (columns c, c + 1 of row g, then of row
-  // g + 8) of the j-th group of 8 columns.
+  // lane_col = 0..3 place the thread in an accumulator. Bit 4 * j + e is element e (columns c, c + 1 of row g, then of
+  // row g + 8) of the j-th group of 8 columns.
   __device__ uint32_t keep_bits(int row, int col, int lane_row, int lane_col) const {
     const uint4 r = philox7(make_uint4(col / 32 * 4 + lane_col, row / 16 * 8 + lane_row, head_, offset_), key_);
     const uint32_t word[4] = {r.x, r.y, r.z, r.w};

@@ -2,8 +2,8 @@
 //   which key blocks a query tile meets (and which query tiles a key block meets, in backward),
 //   whether a block needs an element test,
 //   and the element rule: row i sees the keys of [row_limits(i)) whose bit is set.
-// Causal, windows, padding, caches and packed documents are all such a range of keys, whose ends do not decrease with the
-// row; that is what makes the block question a matter of four numbers.
+// Causal, windows, padding, caches and packed documents are all such a range of keys, whose ends do not decrease with
+// the row; that is what makes the block question a matter of four numbers.
 #pragma once
 
 #include "common/seqlen.h"
@@ -23,8 +23,8 @@ struct TileSpan {
   Range all;
 };
 
-// Blocks in the order in which a main loop takes them: from the last to the first, so that the partial blocks of a causal
-// mask come first.
+// Blocks in the order in which a main loop takes them: from the last to the first, so that the partial blocks of a
+// causal mask come first.
 struct BlockCursor {
   int block;
   int first;

@@ -10,8 +10,8 @@ struct Sequence {
   int64_t offset_q;  // first row in a variable-length tensor, else 0
   int64_t offset_k;
   int seqlen_q;
-  int seqlen_k;      // keys in use
-  int stored_k;      // keys in memory
+  int seqlen_k;  // keys in use
+  int stored_k;  // keys in memory
 
   __device__ Sequence(const MaskParams& p, int b)
       : batch(b), offset_q(0), offset_k(0), seqlen_q(p.seqlen_q), seqlen_k(p.seqlen_k), stored_k(p.seqlen_k) {
@@ -24,8 +24,8 @@ struct Sequence {
     if (p.seqused_k) seqlen_k = min(max(p.seqused_k[b], 0), p.seqlen_k);
   }
 
-  // First scratch row of this sequence, a multiple of kScratchTile. With variable lengths each sequence is given at most
-  // one spare tile, which keeps the offset a function of cu_seqlens_q[b] alone.
+  // First scratch row of this sequence, a multiple of kScratchTile. With variable lengths each sequence is given at
+  // most one spare tile, which keeps the offset a function of cu_seqlens_q[b] alone.
   __device__ int64_t scratch_row(const MaskParams& p) const {
     if (p.cu_seqlens_q) return (offset_q + static_cast<int64_t>(batch) * kScratchTile) / kScratchTile * kScratchTile;
     return static_cast<int64_t>(batch) * ((p.seqlen_q + kScratchTile - 1) / kScratchTile) * kScratchTile;

@@ -1,5 +1,5 @@
-// Online softmax of the rows that one thread shares in: kM tiles of 16 rows, of which it holds rows g and g + 8, a quarter
-// of the columns each. Base 2 throughout, the scale folded into the exponent.
+// Online softmax of the rows that one thread shares in: kM tiles of 16 rows, of which it holds rows g and g + 8, a
+// quarter of the columns each. Base 2 throughout, the scale folded into the exponent.
 #pragma once
 
 #include <cmath>

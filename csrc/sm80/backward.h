@@ -1,5 +1,6 @@
-// Backward: a block owns kBlockK keys of one key head, keeps dK and dV in registers, and walks the query tiles that meet
-// them, of every query head that shares the key head. So dK and dV need no accumulation across blocks; dQ does, in fp32.
+// Backward: a block owns kBlockK keys of one key head, keeps dK and dV in registers, and walks the query tiles that
+// meet them, of every query head that shares the key head. So dK and dV need no accumulation across blocks; dQ does, in
+// fp32.
 //   S = Q K^T, P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), dV += P^T dO, dQ += dS K, dK += dS^T Q
 #pragma once
 
@@ -18,7 +19,7 @@ struct Backward {
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kBlockQ = Traits::kBlockQ;
   static constexpr int kBlockK = Traits::kBlockK;
-  static constexpr int kStagesQ = Traits::kStagesQ;
+  static constexpr int kStages = Traits::kStages;
   static constexpr int kWarps = Traits::kWarps;
   static constexpr int kThreads = kWarps * 32;
   static_assert(kScratchTile % kBlockQ == 0 && kBlockQ >= kSmallestTile);
@@ -34,7 +35,7 @@ struct Backward {
   using TileQ = Tile<kBlockQ, kHeadDim>;
   using TileK = Tile<kBlockK, kHeadDim>;
   using TileS = Tile<kBlockQ, kBlockK>;
-  static constexpr int kSharedBytes = 2 * TileK::kBytes + (kStagesQ + 1) * TileQ::kBytes + 2 * TileS::kBytes;
+  static constexpr int kSharedBytes = 2 * TileK::kBytes + 2 * kStages * TileQ::kBytes + 2 * TileS::kBytes;
 };
 
 // The query tiles that meet a block of keys, head by head of its group.
@@ -42,7 +43,7 @@ template <class B>
 class QueryTiles {
  public:
   __device__ QueryTiles(const Mask& mask, const Sequence& seq, int block, int heads, bool all_rows)
-      : mask_(mask), seq_(seq), block_(block), heads_(heads) {
+      : mask_(mask), block_(block), heads_(heads) {
     Range rows = mask.rows_meeting(block * B::kBlockK, (block + 1) * B::kBlockK);
     if (all_rows) rows = {0, seq.seqlen_q};
     first_ = rows.begin / B::kBlockQ;
@@ -58,12 +59,13 @@ class QueryTiles {
   }
 
   int tile = 0;
-  int head = 0;   // in its group
-  TileSpan span;  // of the tile
-  BlockCursor cursor;
+  int head = 0;     // in its group
+  int turn;         // how many key blocks before this one meet the tile
+  bool is_partial;  // some pair of the two is hidden
 
  private:
-  // Goes on to the next tile that meets the block.
+  // Goes on to the next tile that meets the block. What the kernel wants to know of it is kept instead of its span,
+  // which would hold registers for a whole step.
   __device__ void settle() {
     for (;;) {
       if (tile >= end_) {
@@ -71,17 +73,28 @@ class QueryTiles {
         ++head;
       }
       if (head >= heads_) return;
-      span = mask_.tile_span(tile * B::kBlockQ, (tile + 1) * B::kBlockQ);
-      cursor = mask_.template key_blocks<B::kBlockK>(span);
-      if (cursor.first <= block_ && block_ <= cursor.block) return;
+      const TileSpan span = mask_.tile_span(tile * B::kBlockQ, (tile + 1) * B::kBlockQ);
+      const BlockCursor cursor = mask_.template key_blocks<B::kBlockK>(span);
+      turn = block_ - cursor.first;
+      is_partial = mask_.template is_partial<B::kBlockK>(span, block_);
+      if (turn >= 0 && block_ <= cursor.block) return;
       ++tile;
     }
   }
 
   const Mask& mask_;
-  const Sequence& seq_;
   int block_, heads_, first_, end_;
 };
+
+// Of rows g and g + 8 of each 16, from a vector over the rows.
+template <int kM>
+__device__ __forceinline__ void load_per_row(float (&x)[kM][2], const float* from) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i) {
+    x[i][0] = from[16 * i];
+    x[i][1] = from[16 * i + 8];
+  }
+}
 
 template <class B>
 __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
@@ -93,8 +106,8 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t tile_k = smem_address(shared), tile_v = tile_k + TileK::kBytes, tile_q = tile_v + TileK::kBytes;
-  const uint32_t tile_do = tile_q + B::kStagesQ * TileQ::kBytes;
-  const uint32_t tile_p = tile_do + TileQ::kBytes, tile_ds = tile_p + TileS::kBytes;
+  const uint32_t tile_do = tile_q + B::kStages * TileQ::kBytes;
+  const uint32_t tile_p = tile_do + B::kStages * TileQ::kBytes, tile_ds = tile_p + TileS::kBytes;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   // First keys first: under a causal mask they are seen by most rows.
@@ -121,6 +134,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   const uint32_t s_from_q = a_along<TileQ>(0, s_row, lane), s_from_k = b_along<TileK>(0, s_col, lane);
   const uint32_t k_from_s = a_down<TileS>(0, k_row / 8, lane), k_from_q = b_down<TileQ>(0, k_col, lane);
   const uint32_t q_from_s = a_along<TileS>(0, q_row, lane), q_from_k = b_down<TileK>(0, q_col, lane);
+  const uint32_t s_to = TileS::offset(s_row + lane / 4, s_col / 8) + 4 * (lane % 4);
   const int lane_col = 2 * (lane % 4);
 
   float dk[B::kMK][B::kNK][4], dv[B::kMK][B::kNK][4];
@@ -140,35 +154,31 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 #pragma unroll 1
   while (at.valid()) {
     const int row0 = at.tile * kBlockQ, head = head0 + at.head;
-    const bool partial = mask.template is_partial<kBlockK>(at.span, block);
-    const int turn = block - at.cursor.first;
+    const bool partial = at.is_partial;
+    const int turn = at.turn;
     const int64_t scratch = head * p.scratch_rows + scratch_row + row0;
-    const uint32_t q_now = tile_q + stage * TileQ::kBytes;
+    const uint32_t q_now = tile_q + stage * TileQ::kBytes, do_now = tile_do + stage * TileQ::kBytes;
     cp_async_wait<0>();
     __syncthreads();  // Q and dO have arrived; nobody reads the other Q, P or dS any more
     at.next();
     const bool more = at.valid();
-    if constexpr (B::kStagesQ == 2) {
+    if constexpr (B::kStages == 2) {
       stage ^= 1;
-      if (more) q.load(tile_q + stage * TileQ::kBytes, at.tile * kBlockQ, seq.seqlen_q, at.head * p.q.head_stride);
+      if (more) {
+        q.load(tile_q + stage * TileQ::kBytes, at.tile * kBlockQ, seq.seqlen_q, at.head * p.q.head_stride);
+        dout.load(tile_do + stage * TileQ::kBytes, at.tile * kBlockQ, seq.seqlen_q, at.head * p.dout.head_stride);
+      }
       cp_async_commit();
     }
+
+    float lse[kMS][2], delta[kMS][2];
+    load_per_row<kMS>(lse, p.lse_log2 + scratch + s_row + lane / 4);
 
     // P, in registers for dS and, without what dropout drops, in memory for dV.
     float s[kMS][kNS][4];
     clear(s);
     gemm_along<Element, TileQ, TileK, kMS, kNS / 2, B::kHeadDim / 16>(s, not_hoisted(s_from_q) + q_now,
                                                                       not_hoisted(s_from_k) + tile_k);
-    float lse[kMS][2], delta[kMS][2];
-#pragma unroll
-    for (int i = 0; i < kMS; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t r = scratch + s_row + 16 * i + 8 * h + lane / 4;
-        lse[i][h] = p.lse_log2[r];
-        delta[i][h] = p.delta[r];
-      }
-    }
     const int row = not_hoisted(row0 + s_row + lane / 4);
     const LogitBias bias(p, seq.batch, head);
     if constexpr (B::kVariant == Variant::kGeneral) bias_elements(bias, s, row, key0 + s_col + lane_col, mask.shift());
@@ -187,7 +197,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
       keep_elements<kMS, kNS>(dropout, keep, row0 + s_row, key0 + s_col, lane);
     }
     auto is_kept = [&](int i, int j, int e) { return !dropping || kept(keep[i][j / 4], j, e); };
-    const int s_chunk = s_col / 8;
+    const uint32_t p_at = tile_p + not_hoisted(s_to);
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
 #pragma unroll
@@ -196,12 +206,13 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
         for (int h = 0; h < 2; ++h) {
           const float a = is_kept(i, j, 2 * h) ? s[i][j][2 * h] : 0.f;
           const float b = is_kept(i, j, 2 * h + 1) ? s[i][j][2 * h + 1] : 0.f;
-          store_shared(tile_p + TileS::offset(s_row + 16 * i + 8 * h + lane / 4, s_chunk + j) + 4 * (lane % 4), pack<Element>(a, b));
+          store_shared(TileS::step(p_at, j) + (16 * i + 8 * h) * TileS::kRowBytes, pack<Element>(a, b));
         }
 
+    load_per_row<kMS>(delta, p.delta + scratch + s_row + lane / 4);
     float dp[kMS][kNS][4];
     clear(dp);
-    gemm_along<Element, TileQ, TileK, kMS, kNS / 2, B::kHeadDim / 16>(dp, not_hoisted(s_from_q) + tile_do,
+    gemm_along<Element, TileQ, TileK, kMS, kNS / 2, B::kHeadDim / 16>(dp, not_hoisted(s_from_q) + do_now,
                                                                       not_hoisted(s_from_k) + tile_v);
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
@@ -218,22 +229,25 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
           }
           dp[i][j][e] = ds;
         }
+    const uint32_t ds_at = tile_ds + not_hoisted(s_to);
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
 #pragma unroll
       for (int j = 0; j < kNS; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          store_shared(tile_ds + TileS::offset(s_row + 16 * i + 8 * h + lane / 4, s_chunk + j) + 4 * (lane % 4),
+          store_shared(TileS::step(ds_at, j) + (16 * i + 8 * h) * TileS::kRowBytes,
                        pack<Element>(dp[i][j][2 * h], dp[i][j][2 * h + 1]));
         }
     __syncthreads();  // P and dS are complete
 
     gemm_down<Element, OperandA::kDown, TileS, TileQ, B::kMK, B::kNK / 2, kBlockQ / 16, B::kWarpsDkv>(
-        dv, not_hoisted(k_from_s) + tile_p, not_hoisted(k_from_q) + tile_do);
-    __syncthreads();  // nobody reads dO any more
-    if (more) dout.load(tile_do, at.tile * kBlockQ, seq.seqlen_q, at.head * p.dout.head_stride);
-    cp_async_commit();
+        dv, not_hoisted(k_from_s) + tile_p, not_hoisted(k_from_q) + do_now);
+    if constexpr (B::kStages == 1) {
+      __syncthreads();  // nobody reads dO any more
+      if (more) dout.load(tile_do, at.tile * kBlockQ, seq.seqlen_q, at.head * p.dout.head_stride);
+      cp_async_commit();
+    }
 
     float dq[B::kMQ][B::kNQ][4];
     clear(dq);
@@ -246,7 +260,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 
     gemm_down<Element, OperandA::kDown, TileS, TileQ, B::kMK, B::kNK / 2, kBlockQ / 16, B::kWarpsDkv>(
         dk, not_hoisted(k_from_s) + tile_ds, not_hoisted(k_from_q) + q_now);
-    if constexpr (B::kStagesQ == 1) {
+    if constexpr (B::kStages == 1) {
       __syncthreads();  // nobody reads Q any more
       if (more) q.load(tile_q, at.tile * kBlockQ, seq.seqlen_q, at.head * p.q.head_stride);
       cp_async_commit();
@@ -265,14 +279,15 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
         const int chunk = j / 2 * 2 * B::kWarpsDkv + k_col + j % 2;
         const uint32_t at_row = TileK::offset(k_row + 16 * i + 8 * h + lane / 4, chunk) + 4 * (lane % 4);
         const float scale_v = B::kVariant == Variant::kPlain ? 1.f : p.dropout.rescale;
-        store_shared(tile_k + at_row, pack<Element>(dk[i][j][2 * h] * p.softmax_scale, dk[i][j][2 * h + 1] * p.softmax_scale));
+        store_shared(tile_k + at_row,
+                     pack<Element>(dk[i][j][2 * h] * p.softmax_scale, dk[i][j][2 * h + 1] * p.softmax_scale));
         store_shared(tile_v + at_row, pack<Element>(dv[i][j][2 * h] * scale_v, dv[i][j][2 * h + 1] * scale_v));
       }
   __syncthreads();
-  store_rows<TileK, B::kThreads>(tile_k, p.dk, row_pointer<Element>(p.dk, seq.batch, seq.offset_k, head_k), key0, seq.stored_k,
-                                 p.head_dim, thread);
-  store_rows<TileK, B::kThreads>(tile_v, p.dv, row_pointer<Element>(p.dv, seq.batch, seq.offset_k, head_k), key0, seq.stored_k,
-                                 p.head_dim, thread);
+  store_rows<TileK, B::kThreads>(tile_k, p.dk, row_pointer<Element>(p.dk, seq.batch, seq.offset_k, head_k), key0,
+                                 seq.stored_k, p.head_dim, thread);
+  store_rows<TileK, B::kThreads>(tile_v, p.dv, row_pointer<Element>(p.dv, seq.batch, seq.offset_k, head_k), key0,
+                                 seq.stored_k, p.head_dim, thread);
 }
 
 template <class Arch, typename Element, int kHeadDim, Variant kVariant>
@@ -283,7 +298,8 @@ void launch_backward(const BackwardParams& p, cudaStream_t stream) {
   launch<backward_begin_kernel<B>>(
       {.name = "backward_begin", .blocks = tiles, .threads = kEdgeThreads, .shared_bytes = 0, .stream = stream}, p);
   launch<backward_kernel<B>>(
-      {.name = "backward", .blocks = blocks, .threads = B::kThreads, .shared_bytes = B::kSharedBytes, .stream = stream}, p);
+      {.name = "backward", .blocks = blocks, .threads = B::kThreads, .shared_bytes = B::kSharedBytes, .stream = stream},
+      p);
   launch<backward_end_kernel<B>>({.name = "backward_end",
                                   .blocks = tiles,
                                   .threads = B::kThreads,

@@ -1,5 +1,5 @@
-// What comes before and after the main kernel of backward, and the accumulation of dQ between them. A tile of dQ is kept in
-// fp32 in the order in which the threads hold it, so that every access is 128 contiguous bytes a warp.
+// What comes before and after the main kernel of backward, and the accumulation of dQ between them. A tile of dQ is
+// kept in fp32 in the order in which the threads hold it, so that every access is 128 contiguous bytes a warp.
 #pragma once
 
 #include "common/mask.h"
@@ -25,7 +25,10 @@ struct RowTile {
 template <class B>
 __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __grid_constant__ BackwardParams p) {
   using Element = typename B::Element;
-  constexpr int kLanes = B::kHeadDim <= 32 ? 4 : B::kHeadDim <= 64 ? 8 : B::kHeadDim <= 128 ? 16 : 32;  // 8 columns each
+  constexpr int kLanes = B::kHeadDim <= 32    ? 4
+                         : B::kHeadDim <= 64  ? 8
+                         : B::kHeadDim <= 128 ? 16
+                                              : 32;  // 8 columns each
   const RowTile<B> at(p);
   const Sequence seq(p.mask, at.batch);
   const int row0 = at.tile * B::kBlockQ;
@@ -52,7 +55,8 @@ __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __gr
           sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
         }
       } else {
-        for (int c = 0; c < min(8, p.head_dim - col); ++c) sum = fmaf(static_cast<float>(a[c]), static_cast<float>(b[c]), sum);
+        for (int c = 0; c < min(8, p.head_dim - col); ++c)
+          sum = fmaf(static_cast<float>(a[c]), static_cast<float>(b[c]), sum);
       }
     }
 #pragma unroll
@@ -66,7 +70,8 @@ __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __gr
     }
   }
   float4* accum = reinterpret_cast<float4*>(p.dq_accum + scratch * B::kHeadDim);
-  for (int i = threadIdx.x; i < B::kBlockQ * B::kHeadDim / 4; i += kEdgeThreads) accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int i = threadIdx.x; i < B::kBlockQ * B::kHeadDim / 4; i += kEdgeThreads)
+    accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   if (p.dq_turn && threadIdx.x == 0) p.dq_turn[scratch / B::kBlockQ] = 0;
 }
 
@@ -77,7 +82,7 @@ __device__ __forceinline__ void add_dq(float* accum, const float (&dq)[B::kMQ][B
 #pragma unroll
     for (int j = 0; j < B::kNQ; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) atomicAdd(accum + ((i * B::kNQ + j) * 4 + e) * B::kThreads + thread, dq[i][j][e]);
+      for (int e = 0; e < 4; ++e) add_global(accum + ((i * B::kNQ + j) * 4 + e) * B::kThreads + thread, dq[i][j][e]);
 }
 
 // dQ = accumulated * softmax_scale, rounded, in its place.
@@ -107,12 +112,12 @@ __global__ void __launch_bounds__(B::kThreads) backward_end_kernel(const __grid_
                      pack<Element>(from[0] * p.softmax_scale, from[B::kThreads] * p.softmax_scale));
       }
   __syncthreads();
-  store_rows<TileQ, B::kThreads>(tile, p.dq, row_pointer<Element>(p.dq, at.batch, seq.offset_q, at.head), row0, seq.seqlen_q,
-                                 p.head_dim, threadIdx.x);
+  store_rows<TileQ, B::kThreads>(tile, p.dq, row_pointer<Element>(p.dq, at.batch, seq.offset_q, at.head), row0,
+                                 seq.seqlen_q, p.head_dim, threadIdx.x);
 }
 
-// In deterministic mode the key blocks that meet a tile add to it in ascending order: a block waits until those before it
-// have. Blocks start in ascending order, so whoever is waited for is running or done.
+// In deterministic mode the key blocks that meet a tile add to it in ascending order: a block waits until those before
+// it have. Blocks start in ascending order, so whoever is waited for is running or done.
 class DqTurn {
  public:
   __device__ DqTurn(int* counter, int turn) : counter_(counter), turn_(turn) {}

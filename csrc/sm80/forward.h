@@ -1,5 +1,5 @@
-// Forward: a block owns kBlockQ rows of one head and walks the key blocks that meet them. The order of one step, so that
-// each load has a product to hide behind:
+// Forward: a block owns kBlockQ rows of one head and walks the key blocks that meet them. The order of one step, so
+// that each load has a product to hide behind:
 //   V(n) is on its way while S = Q K(n)^T is computed, K(n - 1) while the softmax and O += P V(n) are.
 #pragma once
 
@@ -28,7 +28,8 @@ struct Forward {
 };
 
 template <class F>
-__global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM) forward_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
+    forward_kernel(const __grid_constant__ AttentionParams p) {
   using Element = typename F::Element;
   using TileQ = typename F::TileQ;
   using TileK = typename F::TileK;
@@ -39,8 +40,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM) forward_kernel(c
   const uint32_t tile_q = smem_address(shared), tile_k = tile_q + TileQ::kBytes, tile_v = tile_k + TileK::kBytes;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
-  // Last rows first: under a causal mask they take longest. The tiles of a head are neighbours, and so are the heads that
-  // share keys.
+  // Last rows first: under a causal mask they take longest. The tiles of a head are neighbours, and so are the heads
+  // that share keys.
   const int tiles = (p.mask.seqlen_q + kBlockQ - 1) / kBlockQ;
   const int block = blockIdx.x / tiles, head = block % p.num_heads, batch = block / p.num_heads;
   const int row0 = (tiles - 1 - blockIdx.x % tiles) * kBlockQ;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM) forward_kernel(c
       for (int j = 0; j < kBlockK / 16; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float(&c)[4] = s[i][2 * j + e / 2];
+          const float (&c)[4] = s[i][2 * j + e / 2];
           prob[i][j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
         }
     gemm_down<Element, OperandA::kRegisters, TileQ, TileK, kM, kNO / 2, kBlockK / 16, 1>(o, prob, not_hoisted(frag_v));
@@ -144,8 +145,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM) forward_kernel(c
     }
   }
   __syncthreads();
-  store_rows<TileQ, F::kThreads>(tile_q, p.out, row_pointer<Element>(p.out, batch, seq.offset_q, head), row0, seq.seqlen_q,
-                                 p.head_dim, thread);
+  store_rows<TileQ, F::kThreads>(tile_q, p.out, row_pointer<Element>(p.out, batch, seq.offset_q, head), row0,
+                                 seq.seqlen_q, p.head_dim, thread);
 }
 
 template <class Arch, typename Element, int kHeadDim, Variant kVariant>

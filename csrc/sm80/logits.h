@@ -27,8 +27,9 @@ class LogitBias {
     if (softcap_ > 0.f) s = softcap_ * tanh_exp(s * inv_softcap_);
     return fmaf(-slope_, fabsf(static_cast<float>(distance)), s);
   }
-  // d softcap(x) / dx where the logit got probability p = 2^(logit * exp2_scale - lse_log2). Reading the logit back from p
-  // saves a register an element; where p has underflowed the result is multiplied by 0 and only has to be finite.
+  // d softcap(x) / dx where the logit got probability p = 2^(logit * exp2_scale - lse_log2). Reading the logit back
+  // from p saves a register an element; where p has underflowed the result is multiplied by 0 and only has to be
+  // finite.
   __device__ float derivative(float p, float lse_log2, int distance) const {
     if (softcap_ <= 0.f) return 1.f;
     constexpr float kLn2 = 0.69314718055994531f;
@@ -41,8 +42,8 @@ class LogitBias {
   float scale_, softcap_, inv_softcap_, slope_;
 };
 
-// Hides what the mask hides, element by element. `start` is the warp's first column: a multiple of 32, or of 16 if the warp
-// has no more than 16 columns.
+// Hides what the mask hides, element by element. `start` is the warp's first column: a multiple of 32, or of 16 if the
+// warp has no more than 16 columns.
 template <int kM, int kN>
 __device__ __forceinline__ void mask_elements(const Mask& mask, float (&s)[kM][kN][4], int row, int start, int lane) {
   const int lane_col = 2 * (lane & 3);
@@ -73,7 +74,8 @@ __device__ __forceinline__ void mask_elements(const Mask& mask, float (&s)[kM][k
 
 // Softcap and ALiBi on every element.
 template <int kM, int kN>
-__device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[kM][kN][4], int row, int col, int shift) {
+__device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[kM][kN][4], int row, int col,
+                                              int shift) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -87,11 +89,11 @@ __device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[
   }
 }
 
-// Keep bits of the accumulator, 16 a word: bit 4 * (j % 4) + e of keep[i][j / 4] is element [i][j][e]. row is the warp's
-// first row, a multiple of 16, and start as above.
+// Keep bits of the accumulator, 16 a word: bit 4 * (j % 4) + e of keep[i][j / 4] is element [i][j][e]. row is the
+// warp's first row, a multiple of 16, and start as above.
 template <int kM, int kN>
-__device__ __forceinline__ void keep_elements(const Dropout& dropout, uint32_t (&keep)[kM][(kN + 3) / 4], int row, int start,
-                                              int lane) {
+__device__ __forceinline__ void keep_elements(const Dropout& dropout, uint32_t (&keep)[kM][(kN + 3) / 4], int row,
+                                              int start, int lane) {
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll

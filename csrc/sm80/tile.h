@@ -1,9 +1,9 @@
 // A tile of 16-bit elements in shared memory, and the products of two of them on tensor cores.
 //
-// A tile of kRows x kCols lies in panels of 64 columns (32 where 64 does not divide kCols), [panel][row][column], and the
-// 16-byte chunks of a row are permuted by the row, so that the 8 rows an ldmatrix reads never share a bank. For a fixed
-// lane the permutation is an exclusive or with lane bits only, so stepping along a row is one more exclusive or with a
-// constant and stepping down a column a constant offset.
+// A tile of kRows x kCols lies in panels of 64 columns (32 where 64 does not divide kCols), [panel][row][column], and
+// the 16-byte chunks of a row are permuted by the row, so that the 8 rows an ldmatrix reads never share a bank. For a
+// fixed lane the permutation is an exclusive or with lane bits only, so stepping along a row is one more exclusive or
+// with a constant and stepping down a column a constant offset.
 #pragma once
 
 #include "params.h"
@@ -16,7 +16,7 @@ struct Tile {
   static constexpr int kRows = kRows_;
   static constexpr int kCols = kCols_;
   static constexpr int kPanel = kCols % 64 == 0 ? 64 : 32;
-  static constexpr int kChunks = kPanel / 8;        // 16-byte chunks in a row of a panel
+  static constexpr int kChunks = kPanel / 8;  // 16-byte chunks in a row of a panel
   static constexpr int kRowBytes = kPanel * 2;
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kRows * kCols * 2;
@@ -28,8 +28,8 @@ struct Tile {
   __device__ static constexpr int offset(int row, int chunk) {
     return (chunk / kChunks) * kPanelBytes + row * kRowBytes + (((chunk % kChunks) ^ permute(row)) << 4);
   }
-  // From offset(row, c) to offset(row, c + step), where the bits of step are clear in c: the panel moves the address, the
-  // chunk within it toggles bits.
+  // From offset(row, c) to offset(row, c + step), where the bits of step are clear in c: the panel moves the address,
+  // the chunk within it toggles bits.
   __device__ static constexpr uint32_t step(uint32_t addr, int chunks) {
     return (addr ^ ((chunks % kChunks) << 4)) + (chunks / kChunks) * kPanelBytes;
   }
@@ -41,9 +41,8 @@ struct Lane {
   __device__ explicit Lane(int lane) : row8(lane & 7), second((lane >> 3) & 1), fourth((lane >> 4) & 1) {}
 };
 
-// Fragments of an operand whose reduction dimension runs along the rows of memory ("kAlong") or down them. Offsets are of
-// the first fragment; the gemms below step from there.
-// A, 16 x 16: matrices (m0, k0), (m8, k0), (m0, k8), (m8, k8).
+// Fragments of an operand whose reduction dimension runs along the rows of memory ("kAlong") or down them. Offsets are
+// of the first fragment; the gemms below step from there. A, 16 x 16: matrices (m0, k0), (m8, k0), (m0, k8), (m8, k8).
 template <class T>
 __device__ inline uint32_t a_along(uint32_t base, int row, int lane) {
   const Lane l(lane);
@@ -66,8 +65,8 @@ __device__ inline uint32_t b_down(uint32_t base, int col_chunk, int lane) {
   return base + T::offset(l.second * 8 + l.row8, col_chunk + l.fourth);
 }
 
-// acc[i][j]: 16 x 8 tiles. S = A B^T with both operands along memory rows: A rows a_row.., B rows b_row.. are baked into
-// the addresses; tiles of B follow one another every kStrideN rows.
+// acc[i][j]: 16 x 8 tiles. S = A B^T with both operands along memory rows: A rows a_row.., B rows b_row.. are baked
+// into the addresses; tiles of B follow one another every kStrideN rows.
 template <typename Element, class TileA, class TileB, int kM, int kN, int kK>
 __device__ __forceinline__ void gemm_along(float (&acc)[kM][2 * kN][4], uint32_t a, uint32_t b) {
 #pragma unroll
@@ -75,22 +74,23 @@ __device__ __forceinline__ void gemm_along(float (&acc)[kM][2 * kN][4], uint32_t
     uint32_t fa[kM][4];
 #pragma unroll
     for (int i = 0; i < kM; ++i) ldmatrix4(fa[i], TileA::step(a, 2 * k) + i * 16 * TileA::kRowBytes);
+    uint32_t fb[2][4];
+    ldmatrix4(fb[0], TileB::step(b, 2 * k));
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      uint32_t fb[4];
-      ldmatrix4(fb, TileB::step(b, 2 * k) + j * 16 * TileB::kRowBytes);
+      if (j + 1 < kN) ldmatrix4(fb[(j + 1) % 2], TileB::step(b, 2 * k) + (j + 1) * 16 * TileB::kRowBytes);
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
-        mma<Element>(acc[i][2 * j], fa[i], fb[0], fb[1]);
-        mma<Element>(acc[i][2 * j + 1], fa[i], fb[2], fb[3]);
+        mma<Element>(acc[i][2 * j], fa[i], fb[j % 2][0], fb[j % 2][1]);
+        mma<Element>(acc[i][2 * j + 1], fa[i], fb[j % 2][2], fb[j % 2][3]);
       }
     }
   }
 }
 
-// acc += A B with B down memory rows. Tiles of B stand every 16 * kStrideN columns, kStrideN a power of two: that is how
-// warps that share the columns take turns. A comes from registers (kARegisters: a is an array of fragments), from memory
-// rows, or (kADown) down them.
+// acc += A B with B down memory rows. Tiles of B stand every 16 * kStrideN columns, kStrideN a power of two: that is
+// how warps that share the columns take turns. A comes from registers (kARegisters: a is an array of fragments), from
+// memory rows, or (kADown) down them.
 enum class OperandA { kRegisters, kAlong, kDown };
 
 template <typename Element, OperandA kA, class TileA, class TileB, int kM, int kN, int kK, int kStrideN, class A>
@@ -108,18 +108,21 @@ __device__ __forceinline__ void gemm_down(float (&acc)[kM][2 * kN][4], const A& 
         }
       }
     }
+    uint32_t fb[2][4];
+    ldmatrix4_trans(fb[0], b + k * 16 * TileB::kRowBytes);
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      uint32_t fb[4];
-      ldmatrix4_trans(fb, TileB::step(b, 2 * kStrideN * j) + k * 16 * TileB::kRowBytes);
+      if (j + 1 < kN)
+        ldmatrix4_trans(fb[(j + 1) % 2], TileB::step(b, 2 * kStrideN * (j + 1)) + k * 16 * TileB::kRowBytes);
+      const uint32_t (&f)[4] = fb[j % 2];
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
         if constexpr (kA == OperandA::kRegisters) {
-          mma<Element>(acc[i][2 * j], a[i][k], fb[0], fb[1]);
-          mma<Element>(acc[i][2 * j + 1], a[i][k], fb[2], fb[3]);
+          mma<Element>(acc[i][2 * j], a[i][k], f[0], f[1]);
+          mma<Element>(acc[i][2 * j + 1], a[i][k], f[2], f[3]);
         } else {
-          mma<Element>(acc[i][2 * j], fa[i], fb[0], fb[1]);
-          mma<Element>(acc[i][2 * j + 1], fa[i], fb[2], fb[3]);
+          mma<Element>(acc[i][2 * j], fa[i], f[0], f[1]);
+          mma<Element>(acc[i][2 * j + 1], fa[i], f[2], f[3]);
         }
       }
     }
@@ -136,8 +139,8 @@ __device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
       for (int e = 0; e < 4; ++e) acc[i][j][e] = 0.f;
 }
 
-// Copies rows of one head into tiles. Rows at or past row_end and columns at or past head_dim become zeros. Tensors whose
-// rows do not start on 16 bytes are read element by element: right, and slower.
+// Copies rows of one head into tiles. Rows at or past row_end and columns at or past head_dim become zeros. Tensors
+// whose rows do not start on 16 bytes are read element by element: right, and slower.
 template <class T, int kThreads, typename Element>
 class RowLoader {
  public:
@@ -176,8 +179,8 @@ class RowLoader {
  private:
   static constexpr unsigned kRowChunks = T::kCols / 8;
   static constexpr unsigned kPieces = T::kRows * kRowChunks;
-  // Where the block of threads covers a multiple of 8 whole rows at a time, a thread keeps its column and its place in the
-  // permutation and only steps down: its state is one pointer, one offset and one count.
+  // Where the block of threads covers a multiple of 8 whole rows at a time, a thread keeps its column and its place in
+  // the permutation and only steps down: its state is one pointer, one offset and one count.
   static constexpr unsigned kStep = kThreads / kRowChunks;
   static constexpr bool kInStep = kThreads % kRowChunks == 0 && kStep % 8 == 0 && kPieces % kThreads == 0;
 
@@ -214,7 +217,8 @@ __device__ __forceinline__ void store_rows(uint32_t tile, const TensorView& view
     for (int i = thread; i < T::kRows * T::kCols; i += kThreads) {
       const int r = i / T::kCols, c = i % T::kCols;
       if (row + r >= row_end || c >= head_dim) continue;
-      reinterpret_cast<uint16_t*>(head)[(row + r) * view.row_stride + c] = load_shared2(tile + T::offset(r, c / 8) + c % 8 * 2);
+      reinterpret_cast<uint16_t*>(head)[(row + r) * view.row_stride + c] =
+          load_shared2(tile + T::offset(r, c / 8) + c % 8 * 2);
     }
     return;
   }
@@ -223,7 +227,8 @@ __device__ __forceinline__ void store_rows(uint32_t tile, const TensorView& view
   for (unsigned i = thread; i < T::kRows * kRowChunks; i += kThreads) {
     const int r = i / kRowChunks, chunk = i % kRowChunks;
     if (row + r >= row_end || chunk * 8 >= head_dim) continue;
-    *reinterpret_cast<uint4*>(head + (row + r) * view.row_stride + chunk * 8) = load_shared16(tile + T::offset(r, chunk));
+    *reinterpret_cast<uint4*>(head + (row + r) * view.row_stride + chunk * 8) =
+        load_shared16(tile + T::offset(r, chunk));
   }
 }
 
