@@ -7,9 +7,9 @@
 
 namespace hfp::sm80 {
 
-// What spills in the main loops is a handful of loop-invariant scalars beside 192 accumulators: about 15 local accesses among
-// some 1600 instructions a step. The kernels run at the same speed with and without (docs/kernel-notes.md), and
-// FlashAttention-2's, with the same tiles, spill half as much again.
+// What spills in the main loops is a handful of loop-invariant scalars beside 192 accumulators, some 15 local accesses
+// among 1600 instructions a step. FlashAttention-2's kernels, with the same tiles, spill half as much again
+// (docs/kernel-notes.md). Bytes beyond these limits fail the build.
 // ptxas-spill-ok(forward_kernel, 200): loop invariants only
 // ptxas-spill-ok(backward_kernel, 400): loop invariants only
 
