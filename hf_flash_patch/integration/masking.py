@@ -287,7 +287,8 @@ def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
     if pattern.chunk_size:
         if not square and seqlen_q != 1:
             return None
-        chunks = packing.chunk_ranges(pattern.chunk_size, pattern.chunk_origin, first, seqlen_q)
+        origin = pattern.chunk_origin - request["kv_offset"]
+        chunks = packing.chunk_ranges(pattern.chunk_size, origin, first, seqlen_q)
         chunks = chunks.expand(batch_size, -1, -1).clamp(0, seqlen_k)
         if seqlen_q == 1:
             key_range = chunks[:, 0]
