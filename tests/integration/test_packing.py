@@ -91,7 +91,7 @@ def _separately(model, ids, lengths, start=0):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("cached", [False, True])
 def test_packed_equals_separate(family, cached):
-    """Two rows packed differently, with and without a cache in the way of transformers' detection."""
+    """Two rows packed differently; a cache is in the way of transformers' own detection."""
     model = tiny_model(FAMILIES[family], family)
     start = 2 if family == "roberta" else 0
     ids = token_ids()
@@ -165,7 +165,7 @@ def test_cu_seq_lens(family, padding_mask):
 
 
 def test_cached_continuation_is_not_packing():
-    """Positions that go on from a cache, and positions that start anew after one, change nothing."""
+    """Positions that go on from a cache change nothing."""
     model = tiny_model(AutoModelForCausalLM, "llama")
     ids = token_ids()
     with torch.no_grad():

@@ -1,0 +1,125 @@
+"""torch.compile(fullgraph=True): no graph break, same numbers."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, StaticCache
+
+import hf_flash_patch as hfp
+from tests.integration.tiny import (
+    assert_close,
+    logits_and_gradients,
+    padding,
+    tiny_model,
+    token_ids,
+)
+
+AUTO = {
+    "bert": AutoModelForMaskedLM,
+    "gpt2": AutoModelForCausalLM,
+    "llama": AutoModelForCausalLM,
+    "mistral": AutoModelForCausalLM,
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def _compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("family", sorted(AUTO))
+@pytest.mark.parametrize("kind", ["none", "left"])
+def test_training_step(family, kind):
+    model = tiny_model(AUTO[family], family)
+    ids, mask = token_ids(), padding(kind)
+    extra = {"use_cache": False} if family != "bert" else {}
+    expected, expected_gradients = logits_and_gradients(
+        lambda: model(ids, attention_mask=mask, **extra).logits, model, mask
+    )
+    with hfp.patched(model):
+        compiled = _compiled(model)
+        actual, gradients = logits_and_gradients(
+            lambda: compiled(ids, attention_mask=mask, **extra).logits, model, mask
+        )
+    assert_close(actual, expected, "logits")
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected_gradients[name], name)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mistral", "llama4_text"])
+def test_packed(family):
+    """Here transformers' own document mask cannot be read symbolically; it must not vanish."""
+    overrides = {"attention_chunk_size": 4} if family == "llama4_text" else {}
+    model = tiny_model(AUTO.get(family, AutoModelForCausalLM), family, **overrides)
+    ids = token_ids()
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None].expand(2, -1)
+    extra = {"use_cache": False} if family != "bert" else {}
+    with torch.no_grad(), hfp.patched(model):
+        expected = torch.cat(
+            [model(part, **extra).logits for part in torch.split(ids, [7, 5], dim=1)], dim=1
+        )
+        actual = _compiled(model)(ids, position_ids=positions, **extra).logits
+    assert_close(actual, expected, "logits")
+
+
+def test_sinks():
+    model = tiny_model(AutoModelForCausalLM, "gpt_oss")
+    ids, mask = token_ids(), padding("left")
+    with torch.no_grad(), hfp.patched(model):
+        expected = model(ids, attention_mask=mask).logits[mask.bool()]
+        actual = _compiled(model)(ids, attention_mask=mask).logits[mask.bool()]
+    assert_close(actual, expected, "logits")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_decoding_with_a_static_cache(family):
+    """As generate() does it: the mask is made outside and handed to the compiled forward."""
+    model = tiny_model(AutoModelForCausalLM, family)
+    ids = token_ids()
+    mask = padding("left")
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    with hfp.patched(model):
+        forward = model.forward
+        model.forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        try:
+            actual = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=6,
+                do_sample=False,
+                cache_implementation="static",
+                disable_compile=True,
+            )
+        finally:
+            del model.forward
+    assert actual.tolist() == expected.tolist()
+
+
+def test_steps_of_a_static_cache_share_one_graph():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids(2, 16)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), hfp.patched(model):
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        model(ids[:, :10], past_key_values=cache)
+        step = torch.compile(model, fullgraph=True, backend=backend)
+        parts = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(10, 16)]
+        expected = model(ids).logits[:, 10:]
+    assert_close(torch.cat(parts, dim=1), expected, "logits")
+    assert len(graphs) == 1
+
+
+def test_output_attentions_is_refused_while_compiling():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    with hfp.patched(model), pytest.raises(Exception, match="output_attentions"):
+        torch.compile(model, backend="aot_eager")(token_ids(), output_attentions=True)

@@ -1,0 +1,136 @@
+"""Masks the user or the model brings: 4-D tensors and overlays of mask functions."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.masking_utils import create_causal_mask
+
+import hf_flash_patch as hfp
+from tests.integration.tiny import assert_close, assert_same_as_eager, tiny_model, token_ids
+
+
+def _random_mask(seqlen_q, seqlen_k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    visible = torch.rand(2, 1, seqlen_q, seqlen_k, generator=generator) < 0.5
+    return visible | torch.eye(seqlen_q, seqlen_k, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_float_mask(family):
+    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    model = tiny_model(auto, family)
+    ids = token_ids()
+    mask = torch.where(_random_mask(12, 12), 0.0, torch.finfo(torch.float32).min)
+    assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
+
+
+def test_finite_float_mask_is_a_bias():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids()
+    mask = torch.randn(2, 1, 12, 12)
+    assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
+
+
+def test_mask_of_every_head():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids()
+    mask = torch.randn(2, 4, 12, 12)
+    assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
+
+
+def test_bool_mask():
+    """Eager adds a bool mask as 0 and 1; sdpa is the reference."""
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    model.set_attn_implementation("sdpa")
+    ids = token_ids()
+    mask = _random_mask(12, 12)
+    assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
+
+
+def test_trained_float_mask():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids()
+    mask = torch.randn(1, 1, 12, 12, requires_grad=True)
+    gradients = []
+    for patched in (False, True):
+        mask.grad = None
+        with hfp.patched(model) if patched else torch.enable_grad():
+            model(ids, attention_mask=mask).logits.square().sum().backward()
+        gradients.append(mask.grad)
+    assert_close(gradients[1], gradients[0], "gradient of the mask")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 12, 12), (2, 1, 11, 12), (2, 1, 12, 11)], ids=["3-D", "queries", "keys"]
+)
+def test_a_mask_that_does_not_fit_is_refused(shape):
+    from hf_flash_patch.integration.attention import hfp_attention
+
+    module = torch.nn.Linear(4, 4)
+    q = torch.randn(2, 4, 12, 8)
+    with pytest.raises(hfp.MaskError, match="attention_mask"):
+        hfp_attention(module, q, q, q, torch.ones(shape, dtype=torch.bool))
+
+
+def test_a_mask_of_another_attention_is_refused():
+    from hf_flash_patch.integration.attention import hfp_attention
+    from hf_flash_patch.integration.masking import hfp_mask
+
+    q = torch.randn(2, 4, 12, 8)
+    with pytest.raises(hfp.MaskError, match=r"\(2, 5, 5\).*\(2, 12, 12\)"):
+        mask = hfp_mask(batch_size=2, q_length=5, kv_length=5)
+        hfp_attention(torch.nn.Linear(4, 4), q, q, q, mask)
+
+
+def test_causal_without_a_mask_must_be_square():
+    from hf_flash_patch.integration.attention import hfp_attention
+
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 12, 8)
+    with pytest.raises(hfp.MaskError, match="3 queries to 12 keys"):
+        hfp_attention(torch.nn.Linear(4, 4), q, k, k, None, is_causal=True)
+
+
+def _with_overlay(model, ids, attention_mask, **overlay):
+    """A forward whose mask carries an overlay, as multimodal models make it."""
+    embeddings = model.get_input_embeddings()(ids)
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=embeddings,
+        attention_mask=attention_mask,
+        past_key_values=None,
+        **overlay,
+    )
+    hidden, position_ids = embeddings, torch.arange(ids.shape[1])[None]
+    rotary = model.model.rotary_emb(hidden, position_ids)
+    for layer in model.model.layers:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    return model.lm_head(model.model.norm(hidden))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"or_mask_function": lambda b, h, q, k: k < 4},
+        {"and_mask_function": lambda b, h, q, k: (q - k) % 3 != 1},
+        {"block_sequence_ids": torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1, -1, 2, 2, 2]] * 2)},
+    ],
+    ids=["or", "and", "blocks"],
+)
+def test_overlay(overlay, padded):
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids()
+    attention_mask = None
+    if padded:
+        attention_mask = torch.ones_like(ids)
+        attention_mask[0, 10:] = 0
+    assert_same_as_eager(
+        model, lambda: _with_overlay(model, ids, attention_mask, **overlay), attention_mask
+    )
+
+
+def test_gemma3_image_tokens_see_each_other():
+    """A family whose own forward puts an overlay on its masks."""
+    model = tiny_model(AutoModelForCausalLM, "gemma3_text", use_bidirectional_attention=True)
+    ids = token_ids()
+    assert_same_as_eager(model, lambda: model(ids).logits)
