@@ -47,7 +47,6 @@ FAMILIES = (
             "albert",
             "ernie",
             "bert-generation",
-            "nezha",
             "mobilebert",
             "splinter",
             "layoutlm",

@@ -51,11 +51,10 @@ def test_training_step(family, kind):
         assert_close(gradient, expected_gradients[name], name)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mistral", "llama4_text"])
+@pytest.mark.parametrize("family", sorted(AUTO))
 def test_packed(family):
     """Here transformers' own document mask cannot be read symbolically; it must not vanish."""
-    overrides = {"attention_chunk_size": 4} if family == "llama4_text" else {}
-    model = tiny_model(AUTO.get(family, AutoModelForCausalLM), family, **overrides)
+    model = tiny_model(AUTO[family], family)
     ids = token_ids()
     positions = torch.cat([torch.arange(7), torch.arange(5)])[None].expand(2, -1)
     extra = {"use_cache": False} if family != "bert" else {}
@@ -64,6 +63,18 @@ def test_packed(family):
             [model(part, **extra).logits for part in torch.split(ids, [7, 5], dim=1)], dim=1
         )
         actual = _compiled(model)(ids, position_ids=positions, **extra).logits
+    assert_close(actual, expected, "logits")
+
+
+def test_packed_and_chunked():
+    """Chunks count from the start of the row, whatever is packed in it."""
+    model = tiny_model(AutoModelForCausalLM, "llama4_text", attention_chunk_size=4)
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None].expand(2, -1)
+    inputs = {"input_ids": token_ids(), "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with hfp.patched(model):
+            actual = _compiled(model)(**inputs).logits
     assert_close(actual, expected, "logits")
 
 

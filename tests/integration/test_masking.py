@@ -9,7 +9,6 @@ from transformers import masking_utils as mu
 from hf_flash_patch.integration.masking import AttentionMask, hfp_mask
 from hf_flash_patch.integration.patterns import read_mask_function
 
-
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2, 3]])
 
 
