@@ -5,6 +5,10 @@
 PYTHON ?= python3
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 
+# Threads that spin while they wait make each other wait: tenfold, on two cores with a busy neighbour.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
 ifdef PY
 ENV :=
 else

@@ -114,7 +114,7 @@ def environment() -> Environment:
 
 
 def compiled_sizes(instances: tuple[str, ...]) -> list[str]:
-    """One line a group: "sm80 forward bf16 64", "sm80 ... 32" give "sm80 forward bf16: head_dim 32 64"."""
+    """Groups "sm80 forward bf16 64" and "sm80 ... 32" as "sm80 forward bf16: head_dim 32 64"."""
     sizes: dict[str, list[int]] = {}
     for instance in instances:
         group, _, head_dim = instance.rpartition(" ")
