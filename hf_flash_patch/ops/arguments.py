@@ -268,11 +268,11 @@ def check_options(
         raise UnsupportedKernelError(
             f"dropout_p is {dropout_p}; it has to be a probability, 0 to 1. Pass 0.0 in evaluation."
         )
-    if not (math.isfinite(softcap) and softcap >= 0.0):
+    if not 0.0 <= softcap < math.inf:
         raise UnsupportedKernelError(
             f"softcap is {softcap}; it has to be a finite number >= 0, where 0 means none."
         )
-    if not math.isfinite(softmax_scale):
+    if not -math.inf < softmax_scale < math.inf:
         raise UnsupportedKernelError(
             f"softmax_scale is {softmax_scale}; it has to be finite. None means head_dim ** -0.5."
         )

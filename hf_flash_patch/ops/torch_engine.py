@@ -315,8 +315,10 @@ class Engine:
         if dlse is not None:
             delta = delta - self._by_group(dlse, dim=1)[batches, heads][..., None]
         lse = self._by_group(lse, dim=1)[batches, heads][..., None]
-        # exp(logit - inf) is 0 for every logit, also for -inf.
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        # A row that sees nothing has no gradient, whatever the one of its lse: exp(logit - inf) is
+        # 0 for every logit, also for -inf, and nothing non-finite may meet that 0.
+        empty = lse == float("-inf")
+        delta, lse = delta.masked_fill(empty, 0.0), lse.masked_fill(empty, float("inf"))
         return dout.flatten(0, 1), delta.flatten(0, 1), lse.flatten(0, 1)
 
     def _by_group(self, x: torch.Tensor, dim: int) -> torch.Tensor:

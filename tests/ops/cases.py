@@ -202,8 +202,7 @@ def _differentiate(
     outputs, gradients = [out], [dout.to(out.dtype)]
     if dlse is not None:
         outputs.append(lse)
-        # Where a row sees nothing, lse is a constant.
-        gradients.append(dlse.to(lse.dtype).masked_fill(lse == float("-inf"), 0.0))
+        gradients.append(dlse.to(lse.dtype))
     grads = torch.autograd.grad(outputs, leaves, gradients)
     return Result(out.detach(), lse.detach(), *grads)
 
