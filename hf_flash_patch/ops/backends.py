@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UnsupportedKernelError
 from .arguments import MAX_HEAD_DIM
-from .library import EXTENSION_LOADED, extension_status
+from .library import extension_status
 
 BACKENDS = ("auto", "cuda", "torch", "flash_attn")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -36,8 +36,9 @@ def kernel_obstacle(
         head_dim_v: of v, if it differs.
         attn_bias: whether a dense mask or bias is part of the call.
     """
-    if not EXTENSION_LOADED:
-        return extension_status().reason
+    status = extension_status()
+    if not status.loaded:
+        return status.reason
     if device.type != "cuda":
         return f"the tensors are on {device}; move them to a CUDA device"
     capability = _capability(device.index if device.index is not None else 0)

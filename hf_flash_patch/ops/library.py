@@ -14,7 +14,6 @@ log, (batch, num_heads, seqlen_q) or (num_heads, total_q), fp32 (fp64 for fp64 i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +164,12 @@ class ExtensionStatus:
     instances: tuple[str, ...] = ()
 
 
-@lru_cache(maxsize=1)
 def extension_status() -> ExtensionStatus:
-    """Load the compiled extension on the first call, and say what came of it."""
+    """What came of loading the compiled extension."""
+    return _EXTENSION_STATUS
+
+
+def _load_extension() -> ExtensionStatus:
     if not EXTENSION.exists():
         return ExtensionStatus(
             False,
@@ -187,5 +189,5 @@ def extension_status() -> ExtensionStatus:
     return ExtensionStatus(True, f"{len(names)} kernels compiled", names)
 
 
-# Loaded on import: under torch.compile a first call would otherwise load it while tracing.
-EXTENSION_LOADED = extension_status().loaded
+# Loaded on import: a first call may come while torch.compile traces, which cannot load it.
+_EXTENSION_STATUS = _load_extension()

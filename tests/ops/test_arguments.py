@@ -182,7 +182,7 @@ OBSTACLES = [
 
 def resolve(monkeypatch, backend, **changes):
     """Resolve as if the extension and a GPU were there."""
-    monkeypatch.setattr(backends, "EXTENSION_LOADED", True)
+    monkeypatch.setattr(backends, "extension_status", lambda: ExtensionStatus(True, "there"))
     capability = changes.pop("capability", (9, 0))
     monkeypatch.setattr(backends, "_capability", lambda index: capability)
     call = {"device": "cuda:0", "dtype": torch.bfloat16, "head_dim": 64, **changes}
@@ -206,7 +206,6 @@ def test_the_kernels_where_they_serve(monkeypatch):
 
 def test_cuda_without_the_extension(monkeypatch):
     status = ExtensionStatus(False, "_C.abi3.so is not there. Install nvcc")
-    monkeypatch.setattr(backends, "EXTENSION_LOADED", False)
     monkeypatch.setattr(backends, "extension_status", lambda: status)
     with pytest.raises(UnsupportedKernelError, match=r'backend="cuda" cannot serve.*Install nvcc'):
         flash_attn_func(Q, K, K, backend="cuda")

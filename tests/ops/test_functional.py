@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_flash_patch.ops import functional
+from hf_flash_patch.ops import functional, library
 from hf_flash_patch.ops.arguments import MaskArguments
 from hf_flash_patch.ops.functional import attention, flash_attn_func, flash_attn_varlen_func
+from hf_flash_patch.ops.library import ExtensionStatus
 from hf_flash_patch.testing.reference import attention_reference
 from hf_flash_patch.testing.tolerance import assert_close_to_reference
 from tests.ops.cases import Problem, make_problem, make_varlen_problem
@@ -123,7 +124,10 @@ def run_step(q, k, v, mask, options):
     return attention(q * 1.0, k, v, mask=mask, **options)
 
 
-def test_compile_of_the_public_functions():
+@pytest.mark.parametrize("loaded", [False, True])
+def test_compile_of_the_public_functions(loaded, monkeypatch):
+    """Also where the extension is not there, which is not looked for while tracing."""
+    monkeypatch.setattr(library, "_EXTENSION_STATUS", ExtensionStatus(loaded, "for this test"))
     torch._dynamo.reset()
     q, k, v = (torch.randn(60, 2, 16, requires_grad=True) for _ in range(3))
     cu_seqlens = torch.tensor([0, 20, 60], dtype=torch.int32)

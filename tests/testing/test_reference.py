@@ -85,7 +85,7 @@ def test_gradients_by_finite_differences(features):
         )
         return out, lse.masked_fill(lse == float("-inf"), 0.0)
 
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
 def test_rows_that_see_nothing():
