@@ -60,7 +60,11 @@ class MaskArguments:
     @property
     def varlen(self) -> bool:
         """Whether the layout is (total, num_heads, head_dim)."""
-        return self.cu_seqlens_q is not None
+        return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None
+
+    def batch_size(self, q: torch.Tensor) -> int:
+        """Number of sequences."""
+        return q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
     def empty(self) -> bool:
@@ -91,7 +95,7 @@ class MaskArguments:
                     f"{field.name} is on {tensor.device}, q on {q.device}; move it once, before "
                     "the forward pass."
                 )
-        if self.cu_seqlens_q is not None or self.cu_seqlens_k is not None:
+        if self.varlen:
             self._validate_varlen(q, k)
         else:
             self._validate_dense(q, k)

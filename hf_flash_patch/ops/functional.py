@@ -198,13 +198,13 @@ def attention(
         MaskError: a mask argument is malformed.
     """
     mask = _NO_MASK if mask is None else mask
-    varlen = mask.cu_seqlens_q is not None or mask.cu_seqlens_k is not None
+    varlen = mask.varlen
     check_tensors(q, k, v, varlen=varlen)
     mask.validate(q, k)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     check_options(
         q,
-        batch=mask.cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0],
+        batch=mask.batch_size(q),
         window_size=window_size,
         softmax_scale=softmax_scale,
         softcap=softcap,

@@ -101,6 +101,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
 
 def _sequences(q: torch.Tensor, k: torch.Tensor, call: Call) -> Iterator[tuple[slice, slice, Call]]:
     """Each sequence's rows of q, its rows of k, and the call it makes by itself."""
+    assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
     edges_q = _checked_edges("cu_seqlens_q", call.cu_seqlens_q, q.shape[0], call.max_seqlen_q)
     edges_k = _checked_edges("cu_seqlens_k", call.cu_seqlens_k, k.shape[0], call.max_seqlen_k)
     dense = replace(call, cu_seqlens_q=None, cu_seqlens_k=None)
@@ -138,6 +139,7 @@ class _Packing:
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, call: Call):
+        assert call.cu_seqlens_q is not None and call.cu_seqlens_k is not None
         self.gather_q, self.place_q, lengths_q = _placement(
             call.cu_seqlens_q, call.max_seqlen_q, q.shape[0]
         )

@@ -122,9 +122,10 @@ class Engine:
             qc, kc, vc = self._chunk_inputs(batches, heads)
             for rows in self._row_tiles():
                 tile = Tile(batches, heads, rows)
-                out_tile, lse_tile = self._forward_tile(tile, qc, kc, vc)
-                if out_tile is None:
+                results = self._forward_tile(tile, qc, kc, vc)
+                if results is None:
                     continue
+                out_tile, lse_tile = results
                 shape = (batches.stop - batches.start, heads.stop - heads.start, self.groups, -1)
                 lse_by_group[batches, heads, :, rows] = lse_tile.view(shape)
                 out_tile = out_tile.view(*shape, self.head_dim_v)
@@ -133,14 +134,15 @@ class Engine:
 
     def _forward_tile(
         self, tile: Tile, qc: torch.Tensor, kc: torch.Tensor, vc: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """out (n, g * i, d) and lse (n, g * i, 1) of a tile; None if it meets no key."""
         q = qc[:, :, tile.rows].flatten(1, 2)  # n gi d
-        highest = total = acc = None
+        highest = q.new_full((*q.shape[:2], 1), float("-inf"))
+        total = torch.zeros_like(highest)
+        acc: torch.Tensor | None = None
         for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
             s, _ = self._logits(tile, block, q, kc)  # n gi j
-            peak = s.amax(dim=-1, keepdim=True)
-            peak = peak if highest is None else torch.maximum(highest, peak)
+            peak = torch.maximum(highest, s.amax(dim=-1, keepdim=True))
             # A row that has seen nothing yet would give -inf - (-inf).
             base = peak.masked_fill(peak == float("-inf"), 0.0)
             p = s.sub_(base).exp_()
@@ -156,7 +158,7 @@ class Engine:
                 acc = acc.mul_(decay).baddbmm_(p, values)
             highest = peak
         if acc is None:
-            return None, None
+            return None
         empty = highest == float("-inf")
         lse = highest + total.masked_fill(empty, 1.0).log()
         acc = acc / total.masked_fill(empty, 1.0)
@@ -256,6 +258,7 @@ class Engine:
             tile.heads.start * self.groups, tile.heads.stop * self.groups, device=device
         )
         heads = (b[:, None] * self.num_heads + h).flatten()
+        assert self.call.rng_state is not None
         keep = dropout_keep_tile(
             self.call.rng_state,
             self.call.dropout_p,

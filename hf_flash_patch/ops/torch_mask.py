@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -127,9 +128,9 @@ class RowMask:
         device = self.begin.device
         i = torch.arange(rows.start, rows.stop, device=device)[:, None]
         j = torch.arange(block.begin, block.end, device=device)
-        if isinstance(self.shift, int):
-            return (i + (self.shift - j)).abs()[None]
-        return (i + self.shift[batches, :, None] - j).abs()
+        if isinstance(self.shift, torch.Tensor):
+            return (i + self.shift[batches, :, None] - j).abs()
+        return (i + (self.shift - j)).abs()[None]
 
 
 def _batches(ranges: torch.Tensor, batches: slice) -> torch.Tensor:
@@ -139,7 +140,7 @@ def _batches(ranges: torch.Tensor, batches: slice) -> torch.Tensor:
 def _shift(rules: Rules, seqlen_q: int, seqlen_k: int) -> int | torch.Tensor:
     if not rules.shifted:
         return seqlen_k - seqlen_q
-    shift = -seqlen_q if rules.lengths_q is None else -rules.lengths_q.long()
+    shift: Any = -seqlen_q if rules.lengths_q is None else -rules.lengths_q.long()
     if rules.seqused_k is not None:
         shift = shift + rules.seqused_k.long()
     elif rules.lengths_k is not None:

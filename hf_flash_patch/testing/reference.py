@@ -10,6 +10,8 @@ Legend: b batch, h query heads, g key heads, i queries, j keys, d head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..ops.arguments import MaskArguments
@@ -42,7 +44,7 @@ def attention_reference(
         (num_heads, total_q).
     """
     mask = MaskArguments() if mask is None else mask
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "window_size": window_size,
         "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
@@ -60,11 +62,12 @@ def attention_reference(
     def keep_of(b: int, seqlen_q: int, seqlen_k: int) -> torch.Tensor | None:
         if dropout_p == 0.0:
             return None
+        assert rng_state is not None, "dropout_p > 0 needs rng_state"
         keep = dropout_keep_mask(rng_state, dropout_p, b + 1, num_heads, seqlen_q, seqlen_k)
         return keep[b]
 
     results = []
-    if mask.varlen:
+    if mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None:
         edges_q, edges_k = mask.cu_seqlens_q.tolist(), mask.cu_seqlens_k.tolist()
         for b in range(len(edges_q) - 1):
             q_b, k_b, v_b = (
