@@ -159,6 +159,8 @@ NOT_TOKEN_ATTENTION = ("Pool", "Deformable", "AttentionMap")
 
 
 def family_of(config: Any) -> Family | None:
-    """The row of the model that `config` describes, or None: served all the same, but unknown to
-    the table."""
-    return _BY_MODEL_TYPE.get(getattr(config, "model_type", None))
+    """The row of the model that `config` describes; None if the table does not know it.
+
+    Such a model is served all the same.
+    """
+    return _BY_MODEL_TYPE.get(getattr(config, "model_type", ""))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import gc
 import importlib.util
 import warnings
 import weakref
@@ -15,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from .errors import UnsupportedKernelError, UnsupportedModelError
 from .families import family_of
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
+from .integration.switch import switch
 from .ops.library import extension_status
 from .report import ModuleRow, Report
 
@@ -81,7 +79,7 @@ def patch(
         _refuse_patched(root)
     settings = {"backend": _chosen_backend(backend, roots[0].config)}
     plans = [_plan(root, strict) for root in roots]
-    register()  # a second interpreter-wide import of transformers must not have lost it
+    register()  # someone may have cleared transformers' table
     return Patch(roots, plans, settings)
 
 
@@ -121,16 +119,15 @@ class Patch:
         self._roots = [weakref.ref(root) for root in roots]
         with self._undo as undo:  # an error below undoes what was done
             for root, plan in zip(roots, plans, strict=True):
-                _apply(root, plan, settings, undo)
+                plan.warnings += switch(root, plan.modules, settings, undo)
             self.reports = tuple(
                 _report(root, plan, settings) for root, plan in zip(roots, plans, strict=True)
             )
+            for text in (text for plan in plans for text in plan.warnings):
+                warnings.warn(text, stacklevel=3)  # may be an error to the caller
             for root in roots:
                 _patched[root] = self
             self._undo = undo.pop_all()
-        for plan in plans:
-            for text in plan.warnings:
-                warnings.warn(text, stacklevel=3)
 
     def restore(self) -> None:
         """Give the model its exact prior state back. A second call does nothing."""
@@ -192,18 +189,15 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
     for name, module in model.named_modules():
         where = name or type(module).__name__
-        if (
-            isinstance(module, OptimizedModule)
-            or getattr(module, "_compiled_call_impl", None) is not None
-        ):
+        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled_in_place or isinstance(module, OptimizedModule):
             raise UnsupportedModelError(
                 f"{where} is compiled; patch the model first, then torch.compile it (or patch the "
                 "original module)."
             )
         # Both FSDP generations, by name: torch.distributed may be absent from a build.
-        if {"FullyShardedDataParallel", "FSDPModule"} & {
-            base.__name__ for base in type(module).__mro__
-        }:
+        bases = {base.__name__ for base in type(module).__mro__}
+        if bases & {"FullyShardedDataParallel", "FSDPModule"}:
             raise UnsupportedModelError(
                 f"{where} is sharded by FSDP; patch the model first, then shard it."
             )
@@ -241,7 +235,7 @@ def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
 def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
     name = type(root).__name__
     modules = survey(root)
-    plan = _Plan(modules, {module.name: _implementation(module.module) for module in modules})
+    plan = _Plan(modules, {module.name: module.implementation for module in modules})
     served, unsupported = plan.of("served"), plan.of("unsupported")
     if any(getattr(config, "output_attentions", False) for config in configs_of(root)):
         raise UnsupportedModelError(
@@ -254,8 +248,7 @@ def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
         if strict:
             raise UnsupportedModelError(
                 f"{name} cannot be patched as a whole: {text}. With strict=False these modules "
-                "keep their own "
-                f"attention ({len(served)} others would be patched)."
+                f"keep their own attention ({len(served)} others would be patched)."
             )
         plan.warnings.append(
             f"{name}: {text}; {len(unsupported)} modules keep their own attention."
@@ -265,115 +258,6 @@ def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
             f"{name} has no attention that goes through transformers' AttentionInterface."
         )
     return plan
-
-
-def _apply(
-    root: PreTrainedModel, plan: _Plan, settings: dict[str, Any], undo: contextlib.ExitStack
-) -> None:
-    """Switch the served modules of `root`; `undo` collects the way back."""
-    owners = _other_owners(root)
-    if owners:
-        plan.warnings.append(
-            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a "
-            "copy of its own now, "
-            "so that the other model keeps its attention. restore() gives the shared one back."
-        )
-        _give_own_configs(root, undo)
-    # Configs were replaced above, so the modules' configs are read only now.
-    configs = configs_of(root)
-    for config in configs:
-        undo.callback(_set_state, config, dict(vars(config)))
-    untouchable = {
-        id(module.module.config)
-        for module in plan.of("unsupported")
-        if hasattr(module.module, "config")
-    }
-    served = [module for module in plan.of("served") if id(module.module.config) not in untouchable]
-    if served:
-        with _quiet_transformers():
-            root.set_attn_implementation(ATTENTION_NAME)
-    for config in configs:
-        vars(config).pop(
-            "_attn_was_changed", None
-        )  # transformers' own marker, which it forgets on nested configs
-    for module in served:
-        # set_attn_implementation misses configs that a model copied for a part of itself (T5's
-        # encoder).
-        if module.module.config._attn_implementation != ATTENTION_NAME:
-            module.module.config._attn_implementation_internal = ATTENTION_NAME
-    for module in plan.of("unsupported"):
-        if hasattr(module.module, "config"):
-            module.module.config._attn_implementation_internal = plan.before[module.name]
-    for config in {
-        id(config): config for config in [root.config, *(m.module.config for m in served)]
-    }.values():
-        config.hfp = dict(settings)
-    for module in served:
-        if not calls_us(module.module):
-            raise UnsupportedModelError(
-                f"{type(root).__name__}: {module.name} ({module.class_name}) does not call the "
-                "attention that was "
-                "set; the model is as it was."
-            )
-
-
-def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
-    """Put back what a patch may change in a config, and nothing else."""
-    for name in ("_attn_implementation_internal", "hfp"):
-        if name in state:
-            vars(config)[name] = state[name]
-        else:
-            vars(config).pop(name, None)
-    if "_attn_was_changed" not in state:
-        vars(config).pop("_attn_was_changed", None)
-
-
-def _other_owners(root: PreTrainedModel) -> list[str]:
-    """Class names of living models, neither inside nor around `root`, that use one of its config
-    objects."""
-    configs = set(map(id, configs_of(root)))
-    mine = set(map(id, root.modules()))
-    names = []
-    for candidate in gc.get_objects():
-        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
-        if not issubclass(type(candidate), PreTrainedModel) or id(candidate) in mine:
-            continue
-        if id(vars(candidate).get("config")) in configs and not any(
-            id(m) in mine for m in candidate.modules()
-        ):
-            names.append(type(candidate).__name__)
-    return names
-
-
-def _give_own_configs(root: PreTrainedModel, undo: contextlib.ExitStack) -> None:
-    """Replace every config object in `root` by a copy, nested ones consistently."""
-    memo: dict[int, Any] = {}
-    replacements = {id(config): copy.deepcopy(config, memo) for config in configs_of(root)}
-    for module in root.modules():
-        for name, value in list(vars(module).items()):
-            if id(value) in replacements:
-                undo.callback(_put_back, weakref.ref(module), name, value)
-                vars(module)[name] = replacements[id(value)]
-
-
-def _put_back(module: weakref.ref, name: str, value: Any) -> None:
-    if module() is not None:
-        vars(module())[name] = value
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings about what is verified here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-def _implementation(module: nn.Module) -> str:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "own"
 
 
 def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Report:
@@ -386,23 +270,20 @@ def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Rep
     family = family_of(root.config)
     text_config = root.config.get_text_config()
     notes = []
-    if (
-        family is not None
-        and family.fp32_scores
-        and getattr(root.config, family.fp32_scores, False)
-    ):
-        notes.append(
-            f"{family.fp32_scores}: honoured; scores and softmax are fp32 in every backend."
-        )
+    wants_fp32 = family.fp32_scores if family is not None else None
+    if wants_fp32 and getattr(root.config, wants_fp32, False):
+        notes.append(f"{wants_fp32}: honoured; scores and softmax are fp32 in every backend.")
     parameter = next(root.parameters(), torch.empty(0))
-    status = extension_status()
+    family_text = "not in the table"
+    if family is not None:
+        family_text = f"{family.name} ({family.positions} positions)"
+    backend = settings["backend"]
+    if not extension_status().loaded:
+        backend += f" (compiled kernels: {extension_status().reason})"
     return Report(
         model=type(root).__name__,
-        family="not in the table"
-        if family is None
-        else f"{family.name} ({family.positions} positions)",
-        backend=settings["backend"]
-        + ("" if status.loaded else f" (compiled kernels: {status.reason})"),
+        family=family_text,
+        backend=backend,
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
         max_length=getattr(text_config, "max_position_embeddings", None),

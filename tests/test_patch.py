@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import hf_flash_patch as hfp
+from hf_flash_patch.integration import switch as switch_module
 from hf_flash_patch.integration.survey import calls_us, configs_of, survey
 from tests.integration.tiny import assert_close, tiny_config, tiny_model, token_ids
 
@@ -169,7 +170,7 @@ def test_flash_attn_backend_without_the_package(llama, monkeypatch):
 
 def test_an_error_while_applying_leaves_the_model_unchanged(llama, monkeypatch):
     before = _state(llama)
-    monkeypatch.setattr(patch_module, "calls_us", lambda module: False)
+    monkeypatch.setattr(switch_module, "calls_us", lambda module: False)
     with pytest.raises(hfp.UnsupportedModelError, match="self_attn .LlamaAttention. does not call"):
         hfp.patch(llama)
     assert _state(llama) == before
@@ -349,6 +350,16 @@ def test_not_strict_patches_the_rest_and_says_so(bloom):
     assert rows["BloomAttention"].after == "own" and "itself" in rows["BloomAttention"].reason
     assert "BloomAttention" in str(patch)
     patch.restore()
+    assert _state(model) == before
+
+
+def test_a_warning_turned_into_an_error_leaves_the_model_unchanged(bloom):
+    model = _bert_and_bloom(bloom)
+    before = _state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning):
+            hfp.patch(model, strict=False)
     assert _state(model) == before
 
 

@@ -1,2 +1,1 @@
-"""The only folder that knows transformers' seams: its attention call, its mask request, its model
-tree."""
+"""The only folder that knows transformers' seams: attention call, mask request, model tree."""

@@ -1,11 +1,10 @@
-"""transformers' mask request -> one small object, computed once per forward and handed to every
-layer.
+"""transformers' mask request -> one small object, computed once per forward, given to every layer.
 
 transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What
 the kernels can express (causal, windows, padding, documents, a cache longer than what is used)
 becomes a few numbers and tensors linear in the sequence, on the device and without a host sync.
-Every other request is materialised, by transformers'
-own code, as a dense boolean mask: exact, for the torch backend.
+Every other request is materialised, by transformers' own code, as a dense boolean mask: exact, for
+the torch backend.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Who may see whom, for every layer of one forward. Positions are those of the key tensor's
-    rows.
+    """Who may see whom, for every layer of one forward; positions are rows of the key tensor.
 
     Attributes:
         batch_size, seqlen_q, seqlen_k: sizes of the attention it was made for.
@@ -45,7 +43,8 @@ class AttentionMask:
         key_padding: bool (batch, seqlen_k) or None; True where the key is real.
         key_range, key_bits: the same for the kernels (ops.padding).
         doc_range: int32 (batch, seqlen, 2) or None; packed documents and chunks.
-        dense: bool (batch, 1, seqlen_q, seqlen_k) or None; what none of the above can say.
+        dense: bool (batch or 1, num_heads or 1, seqlen_q, seqlen_k) or None; what none of the
+            above can say.
         device: where its tensors are.
     """
 
@@ -72,9 +71,14 @@ class AttentionMask:
         """(batch, 1, seqlen_q, seqlen_k), as of the dense mask it stands for."""
         return torch.Size((self.batch_size, 1, self.seqlen_q, self.seqlen_k))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether causality and the window are all there is."""
+        hides = (self.seqused_k, self.key_range, self.doc_range, self.dense)
+        return all(rule is None for rule in hides)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
-        """The same mask on `device` (accelerate moves what a layer is given to the layer's
-        device)."""
+        """The same mask on `device`; accelerate moves what a layer is given to its device."""
         names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
         moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         moved = {
@@ -83,12 +87,16 @@ class AttentionMask:
         return replace(self, device=torch.device(device), _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
-        """Ranges of the documents that `position_ids`, int (batch or 1, seqlen), tell apart; None
-        if there is one.
+        """Ranges of the documents that `position_ids` tell apart; None if there is but one.
 
         Computed once a forward: the layers of a model share the mask and the tensor. On a CUDA
-            device the answer is
-        never None, since knowing that there is one document only would take a sync.
+        device the answer is never None, since finding one document only would take a sync.
+
+        Args:
+            position_ids: int (batch or 1, seqlen).
+
+        Returns:
+            int32 (batch, seqlen, 2), or None.
         """
         if not torch.compiler.is_compiling() and self._packed.get("of") is position_ids:
             return self._packed["ranges"]
@@ -144,8 +152,7 @@ class AttentionMask:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """A torch function of a mask is computed on the dense mask, for models that edit the mask
-        themselves."""
+        """Torch functions see the dense mask, for models that edit the mask themselves."""
 
         def dense(value: Any) -> Any:
             if isinstance(value, (tuple, list)):

@@ -8,8 +8,7 @@ def attention_weights_wanted() -> bool:
     """True inside a forward with output_attentions=True.
 
     Most models do not tell their attention modules: a hook picks the weights up, finds None, and
-        drops them without
-    a word. The collector of the running forward is the one place that knows.
+    drops them without a word. The collector of the running forward is the one place that knows.
     """
     collector = getattr(output_capturing, "_active_collector", None)
     if collector is None:

@@ -1,7 +1,7 @@
-"""Documents packed in one row, as the range of keys each token's own document covers; on the
-device, without a sync.
+"""Documents packed in one row, as the range of keys that each token's own document covers.
 
-All ranges are int32 (batch, seqlen, 2): start and stop of the document a token belongs to.
+Everything is computed on the device, without a sync. All ranges are int32 (batch, seqlen, 2): start
+and stop of the document a token belongs to.
 """
 
 import torch
@@ -34,31 +34,38 @@ def boundaries_from_ids(ids: torch.Tensor) -> torch.Tensor:
 def boundaries_from_position_ids(
     position_ids: torch.Tensor, key_padding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """bool (batch, seqlen): where a new document starts, judging by int `position_ids` (batch or 1,
-    seqlen).
+    """Where documents start, judging by the tokens' positions.
 
     Without a padding mask a document ends where the next position is not the next integer, as in
-    transformers' own packing detection. With one, bool (batch, seqlen) and True where a token is
-    real, positions are compared from
-    real token to real token, and only a position that does not rise starts a document: what stands
-        at padding means
+    transformers' own packing detection. With one, positions are compared from real token to real
+    token, and only a position that does not rise starts a document: what stands at padding means
     nothing (left padding reads 1, 1, 0, 1, ... in generate), and holes may be counted or not.
+
+    Args:
+        position_ids: int (batch or 1, seqlen).
+        key_padding: bool (batch, seqlen), True where a token is real; None if all are.
+
+    Returns:
+        bool (batch or 1, seqlen).
     """
     if key_padding is None:
         return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
     position_ids = position_ids.expand(key_padding.shape[0], -1)
     index = torch.arange(position_ids.shape[1], device=position_ids.device)
     last_real = torch.where(key_padding, index, -1).cummax(dim=1).values
-    previous = F.pad(
-        last_real[:, :-1], (1, 0), value=-1
-    )  # the nearest real token to the left; -1: none
+    # The nearest real token to the left; -1 for none.
+    previous = F.pad(last_real[:, :-1], (1, 0), value=-1)
     restarts = position_ids <= position_ids.gather(1, previous.clamp(min=0))
     return key_padding & (previous >= 0) & restarts
 
 
 def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tensor:
-    """Document ranges (1, seqlen, 2) of one row, from cumulative lengths int (num_documents +
-    1,)."""
+    """Document ranges (1, seqlen, 2) of one row, from its documents' cumulative lengths.
+
+    Args:
+        cu_seqlens: int (num_documents + 1,), from 0.
+        seqlen: tokens in the row.
+    """
     index = torch.arange(seqlen, device=cu_seqlens.device)
     # Tokens past the last document, if any, form one of their own.
     edges = F.pad(cu_seqlens.long(), (0, 1), value=seqlen)
@@ -69,8 +76,7 @@ def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tenso
 def chunk_ranges(
     chunk_size: int, origin: torch.Tensor, first: int | torch.Tensor, seqlen: int
 ) -> torch.Tensor:
-    """Ranges (batch, seqlen, 2) of chunked attention, for tokens at key positions first .. first +
-    seqlen - 1.
+    """Ranges (batch, seqlen, 2) of the chunks that a run of tokens belongs to.
 
     Args:
         chunk_size: tokens in a chunk.
@@ -79,9 +85,8 @@ def chunk_ranges(
         seqlen: number of tokens.
     """
     position = torch.arange(seqlen, device=origin.device) + first
-    start = (position - origin[:, None]).div(
-        chunk_size, rounding_mode="floor"
-    ) * chunk_size + origin[:, None]
+    chunk = (position - origin[:, None]).div(chunk_size, rounding_mode="floor")
+    start = chunk * chunk_size + origin[:, None]
     return torch.stack((start, start + chunk_size), dim=-1).int()
 
 

@@ -2,10 +2,9 @@
 
 transformers describes a mask as a function (batch, head, query index, key index) -> bool, composed
 of closures. Calling it with the probes below yields a `Pattern` where every operation is one of
-those transformers itself uses;
-anything else raises, and the caller materialises the mask: a rule is read exactly or not at all.
-Unlike looking
-into the closures, calling them also works while torch.compile traces.
+those transformers itself uses; anything else raises, and the caller materialises the mask: a rule
+is read exactly or not at all. Unlike looking into the closures, calling them also works while
+torch.compile traces.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ ATTENTION_NAME = "hfp"
 def register() -> None:
     """Register `ATTENTION_NAME` in AttentionInterface and AttentionMaskInterface; idempotent.
 
-    Both are needed: transformers passes mask None, silently, to an attention function without a
-        mask function.
+    Both are needed: to an attention function without a mask function, transformers passes no mask
+    at all, silently.
     """
     AttentionInterface.register(ATTENTION_NAME, hfp_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, hfp_mask)

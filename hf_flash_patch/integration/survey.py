@@ -1,8 +1,7 @@
 """Which modules of a model attend, and which of them go through transformers' AttentionInterface.
 
 Judged by the code the modules run, not by flags: a model outside the interface accepts any
-attention name and
-ignores it without a word.
+attention name and ignores it without a word.
 """
 
 from __future__ import annotations
@@ -52,21 +51,36 @@ class AttentionModule:
 
     @property
     def class_name(self) -> str:
+        """Class of the module."""
         return type(self.module).__name__
+
+    @property
+    def config(self) -> Any:
+        """The config the module reads, or None."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def implementation(self) -> str:
+        """Name of the attention implementation its config asks for; "own" if it asks for none."""
+        return getattr(self.config, "_attn_implementation", None) or "own"
 
 
 def survey(model: nn.Module) -> list[AttentionModule]:
     """Every attention module below `model`, in order."""
     found = []
     for name, module in model.named_modules():
-        status, reason = _classify(type(module))
-        if status == "unsupported" and any(
-            _classify(type(child))[0] == "served" for child in module.modules()
-        ):
+        cls: Any = type(module)
+        status, reason = _classify(cls)
+        if status == "unsupported" and _holds_served(module):
             continue  # a wrapper around attention modules
         if status:
             found.append(AttentionModule(name, module, status, reason))
     return found
+
+
+def _holds_served(module: nn.Module) -> bool:
+    classes: set[Any] = {type(child) for child in module.modules()}
+    return any(_classify(cls)[0] == "served" for cls in classes)
 
 
 def calls_us(module: nn.Module) -> bool:
@@ -108,7 +122,7 @@ def pretrained_roots(model: nn.Module) -> list[PreTrainedModel]:
 
 
 @cache
-def _classify(cls: type[nn.Module]) -> tuple[str, str]:
+def _classify(cls: Any) -> tuple[str, str]:
     if issubclass(cls, PreTrainedModel):
         return "", ""
     names = set().union(*(_names(function.__code__) for function in _functions(cls)))

@@ -44,11 +44,14 @@ def test_decoder_with_cross_attention(family):
     )
 
 
-def test_cross_attention_of_equal_length_to_a_packed_decoder():
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("seqlen_k", [7, 12])
+def test_cross_attention_of_a_packed_decoder(family, seqlen_k):
     """BERT hands the decoder's position_ids to its cross-attention as well."""
-    model = tiny_model(AutoModelForCausalLM, "bert", is_decoder=True, add_cross_attention=True)
+    overrides = {"is_decoder": True} if family == "bert" else {}
+    model = tiny_model(AutoModelForCausalLM, family, add_cross_attention=True, **overrides)
     ids = token_ids(1)
-    states = torch.randn(1, 7, 32)
+    states = torch.randn(1, seqlen_k, 32)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with torch.no_grad():
         parts = [

@@ -47,6 +47,23 @@ def test_bool_mask():
     assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_repeated_positions_under_an_own_mask_are_no_documents(dtype):
+    """A tree of drafts: branches share positions, the mask says who follows whom."""
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    model.set_attn_implementation("sdpa")
+    ids = token_ids(1, 6)
+    positions = torch.tensor([[0, 1, 2, 2, 3, 3]])
+    mask = torch.eye(6, dtype=torch.bool)
+    for node, parent in [(1, 0), (2, 1), (3, 1), (4, 2), (5, 3)]:
+        mask[node] |= mask[parent]
+    mask = mask[None, None]
+    if dtype == torch.float32:
+        mask = torch.where(mask, 0.0, torch.finfo(dtype).min)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    assert_same_as_eager(model, lambda: model(**inputs).logits)
+
+
 def test_trained_float_mask():
     model = tiny_model(AutoModelForCausalLM, "llama")
     ids = token_ids()

@@ -164,6 +164,17 @@ def test_cu_seq_lens(family, padding_mask):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+def test_packed_and_chunked():
+    """Chunks count from the start of the row, whatever is packed in it."""
+    model = tiny_model(AutoModelForCausalLM, "llama4_text", attention_chunk_size=4)
+    ids, positions = token_ids(), _positions([7, 5])[None].expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        with hfp.patched(model):
+            actual = model(ids, position_ids=positions, use_cache=False).logits
+    assert_close(actual, expected, "logits")
+
+
 def test_cached_continuation_is_not_packing():
     """Positions that go on from a cache change nothing."""
     model = tiny_model(AutoModelForCausalLM, "llama")

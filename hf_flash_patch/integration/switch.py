@@ -1,0 +1,138 @@
+"""Switches a model's attention modules to ours, config by config, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..errors import UnsupportedModelError
+from .registry import ATTENTION_NAME
+from .survey import AttentionModule, calls_us, configs_of
+
+
+def switch(
+    root: PreTrainedModel,
+    modules: list[AttentionModule],
+    settings: dict[str, Any],
+    undo: contextlib.ExitStack,
+) -> list[str]:
+    """Make the served modules of `root` call us, and verify that they do.
+
+    Args:
+        root: the model.
+        modules: its survey.
+        settings: what to store in the configs as `hfp` (JSON).
+        undo: collects the way back, also when this raises.
+
+    Returns:
+        What the user should be warned of.
+
+    Raises:
+        UnsupportedModelError: a module would not call us in spite of its config.
+    """
+    warnings = []
+    owners = _other_owners(root)
+    if owners:
+        gc.collect()  # a model in a reference cycle that nobody can reach owns nothing
+        owners = _other_owners(root)
+    if owners:
+        warnings.append(
+            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a "
+            "copy of its own now, so that the other model keeps its attention. restore() gives "
+            "the shared one back."
+        )
+        _give_own_configs(root, undo)
+
+    # From here on the modules' configs are the final ones.
+    states = {id(config): (config, dict(vars(config))) for config in configs_of(root)}
+    for config, state in states.values():
+        undo.callback(_set_state, config, state)
+    foreign = {id(module.config) for module in modules if module.status == "unsupported"}
+    served = [
+        module
+        for module in modules
+        if module.status == "served" and id(module.config) not in foreign
+    ]
+    if served:
+        with _quiet_transformers():
+            root.set_attn_implementation(ATTENTION_NAME)
+    for key, (config, state) in states.items():
+        # transformers' own marker, which it leaves behind on nested configs.
+        vars(config).pop("_attn_was_changed", None)
+        if key in foreign:
+            _set_state(config, state)
+    for module in served:
+        # set_attn_implementation misses configs that a model copied for a part of itself, such as
+        # T5's encoder.
+        if module.implementation != ATTENTION_NAME:
+            module.config._attn_implementation_internal = ATTENTION_NAME
+    for config in (root.config, *(module.config for module in served)):
+        config.hfp = dict(settings)
+    for module in served:
+        if not calls_us(module.module):
+            raise UnsupportedModelError(
+                f"{type(root).__name__}: {module.name} ({module.class_name}) does not call the "
+                "attention that was set; the model is as it was."
+            )
+    return warnings
+
+
+def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
+    """Put back what a switch may change in a config, and nothing else."""
+    for name in ("_attn_implementation_internal", "hfp", "_attn_was_changed"):
+        if name in state:
+            vars(config)[name] = state[name]
+        else:
+            vars(config).pop(name, None)
+
+
+def _other_owners(root: PreTrainedModel) -> list[str]:
+    """Class names of living models, neither in nor around `root`, that use one of its configs."""
+    configs = set(map(id, configs_of(root)))
+    mine = set(map(id, root.modules()))
+    names = []
+    for candidate in gc.get_objects():
+        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
+        if not issubclass(type(candidate), PreTrainedModel) or id(candidate) in mine:
+            continue
+        if id(vars(candidate).get("config")) not in configs:
+            continue
+        if not any(id(module) in mine for module in candidate.modules()):
+            names.append(type(candidate).__name__)
+    return names
+
+
+def _give_own_configs(root: PreTrainedModel, undo: contextlib.ExitStack) -> None:
+    """Replace every config object in `root` by a copy, nested ones consistently."""
+    memo: dict[int, Any] = {}
+    replacements = {id(config): copy.deepcopy(config, memo) for config in configs_of(root)}
+    for module in root.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in replacements:
+                undo.callback(_put_back, weakref.ref(module), name, value)
+                vars(module)[name] = replacements[id(value)]
+
+
+def _put_back(reference: weakref.ref[nn.Module], name: str, value: Any) -> None:
+    module = reference()
+    if module is not None:
+        vars(module)[name] = value
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings about what is verified here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
