@@ -30,8 +30,8 @@ class Tiling:
     elements: int
 
 
-# A core's L2 holds a tile of 2^18 fp32 logits; a GPU wants enough of them to fill it.
-HOST_TILING = Tiling(rows=256, keys=512, elements=2**18)
+# A few tiles of 2^17 fp32 logits fit a core's caches; a GPU wants enough of them to fill it.
+HOST_TILING = Tiling(rows=256, keys=512, elements=2**19)
 DEVICE_TILING = Tiling(rows=1024, keys=1024, elements=2**25)
 
 
@@ -244,9 +244,9 @@ class Engine:
                 by_group.masked_fill_(~bias, float("-inf"))
             else:
                 by_group.add_(bias.to(self.dtype))
-        if block.partial:
-            hidden = self.mask.hidden(batches, rows, block)  # b i j
-            by_group.masked_fill_(hidden[:, None, None], float("-inf"))
+        hidden = self.mask.bias(batches, rows, block, self.dtype)  # b i j
+        if hidden is not None:
+            by_group.add_(hidden[:, None, None])
         return s, slope
 
     def _keep(self, tile: Tile, block: Block) -> torch.Tensor:

@@ -8,6 +8,7 @@ shapes and scalars alone, and every block whose rules include a tensor gets the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +59,19 @@ class Rules:
 
 @dataclass(frozen=True)
 class Block:
-    """Keys [begin, end) of a tile; `partial` if some pair has to be tested."""
+    """Keys [begin, end) of a tile, and which tests a pair of it may fail.
+
+    Attributes:
+        begin, end: keys.
+        left, right: a row's range may start after `begin`, or end before `end`.
+        holes: a key may be hidden by its bit.
+    """
 
     begin: int
     end: int
-    partial: bool
+    left: bool
+    right: bool
+    holes: bool
 
 
 class RowMask:
@@ -103,25 +112,35 @@ class RowMask:
             every_from, every_to = int(begin.amax()), int(end.amin())
         else:
             every_from, every_to = self.seqlen_k, 0
-        holes = None
-        if self.bits is not None and self.readable:
-            holes = ~self.bits[batches].all(dim=0)
         for start in range(first, last, block_size):
             stop = min(start + block_size, last)
-            partial = start < every_from or stop > every_to
-            if holes is not None:
-                partial = partial or bool(holes[start:stop].any())
-            yield Block(start, stop, partial)
+            holes = self.bits is not None
+            if self.bits is not None and self.readable:
+                holes = not bool(self.bits[batches, start:stop].all())
+            yield Block(start, stop, start < every_from, stop > every_to, holes)
 
-    def hidden(self, batches: slice, rows: slice, block: Block) -> torch.Tensor:
-        """bool (batches or 1, rows, keys of the block), True where a pair is hidden."""
+    def bias(
+        self, batches: slice, rows: slice, block: Block, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """What to add to the logits of a block, broadcastable to (batches, rows, keys).
+
+        -inf where a pair does not see each other, else 0; None if the whole block is seen. (Adding
+        is an order of magnitude faster than filling by a broadcast mask.)
+        """
         j = torch.arange(block.begin, block.end, device=self.begin.device)
-        begin = _batches(self.begin, batches)[:, rows, None]
-        end = _batches(self.end, batches)[:, rows, None]
-        hidden = (j < begin) | (j >= end)
-        if self.bits is not None:
-            hidden = hidden | ~self.bits[batches, None, block.begin : block.end]
-        return hidden
+        hidden = []
+        if block.left:
+            hidden.append(j < _batches(self.begin, batches)[:, rows, None])
+        if block.right:
+            hidden.append(j >= _batches(self.end, batches)[:, rows, None])
+        if block.holes and self.bits is not None:
+            hidden.append(~self.bits[batches, None, block.begin : block.end])
+        if not hidden:
+            return None
+        either = functools.reduce(torch.logical_or, hidden)
+        return torch.zeros(either.shape, dtype=dtype, device=j.device).masked_fill_(
+            either, float("-inf")
+        )
 
     def distance(self, batches: slice, rows: slice, block: Block) -> torch.Tensor:
         """|i + shift - j|, int64 (batches or 1, rows, keys of the block)."""
