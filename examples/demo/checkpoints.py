@@ -91,7 +91,7 @@ def make_all(
         max_context: positions the models must have.
         device: where to train.
     """
-    positions = max(CONTEXT, max_context)
+    positions = max(512, max_context)
     sizes = {
         "vocab_size": FIRST_BYTE + 256,
         "bos_token_id": None,

@@ -1,0 +1,135 @@
+"""examples/quickstart.py: from start to end in small, and that it tells right from wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+import hf_flash_patch as hfp
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import quickstart  # noqa: E402
+from demo import checkpoints, equality, throughput  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> str:
+    """Folder of a tiny model with a tokenizer, as a user may have it."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def run(llama, tmp_path, monkeypatch):
+    """Runs quickstart on the tiny model, with made-up measurements; returns the exit status."""
+    fits = throughput.Measurement("tiny", "sdpa", 64, 1000.0, 10.0)
+    too_large = throughput.Measurement("tiny", "eager", 64)
+    patched = throughput.Measurement("tiny", "patched", 64, 2000.0, 5.0)
+    monkeypatch.setattr(throughput, "sweep", lambda *_: [too_large, fits, patched])
+    return lambda: quickstart.main(
+        quickstart.Arguments(model=llama, new_tokens=8, device="cpu", output=str(tmp_path))
+    )
+
+
+def test_from_start_to_end(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), "--output", str(tmp_path)]
+    command += ["--seconds", "0.5", "--contexts", "32", "--new_tokens", "8", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nok ") == 6 and "FAILED" not in done.stdout
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert (tmp_path / "gpt-2" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_of_the_user(run, tmp_path, capsys):
+    assert run() == 0
+    said = capsys.readouterr().out
+    assert "llama (" in said and "5 of 5 equal" in said
+    assert "out of memory" in said and "2,000 | 5" in said
+    assert (tmp_path / "quickstart.png").exists()
+
+
+def test_a_wrong_result_fails(run, monkeypatch, capsys):
+    def spoil(model):
+        patch = patch_for_real(model)
+        model.model.layers[0].self_attn.o_proj.weight.data.mul_(-1)
+        return patch
+
+    patch_for_real = hfp.patch
+    monkeypatch.setattr(hfp, "patch", spoil)
+    assert run() == 1
+    failed = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAILED")]
+    assert len(failed) == 2 and "logits" in failed[0] and "differs from token" in failed[1]
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from transformers import T5Config
+
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="takes a decoder or an encoder, not t5"):
+        checkpoints.from_user(str(tmp_path))
+
+
+@torch.no_grad()
+def test_texts_may_part_at_a_tie_only(llama):
+    model = LlamaForCausalLM.from_pretrained(llama)
+    prompts = {"attention_mask": torch.tensor([[0, 1, 1]])}
+    eager = torch.tensor([[0, 40, 50, 60, 70]])
+    ours = torch.tensor([[0, 40, 50, 61, 70]])
+    inputs = {"input_ids": eager[:, :3], "attention_mask": prompts["attention_mask"]}
+    logits = model(**inputs).logits[0, -1]
+    gap = (logits[60] - logits[61]).abs().item()
+    same, verdict = equality.same_texts(model, prompts, eager, ours, allowed=1.01 * gap)
+    assert same and verdict == "0 of 1 equal, the others up to a tie"
+    same, verdict = equality.same_texts(model, prompts, eager, ours, allowed=0.99 * gap)
+    assert not same and verdict == "number 1 of 1 differs from token 3 on"
+
+
+class KilledWhileLoading(checkpoints.Checkpoint):
+    """As if the system had run out of memory."""
+
+    def load(self, attention, device, dtype):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailsToLoad(checkpoints.Checkpoint):
+    """A fault that is not about memory."""
+
+    def load(self, attention, device, dtype):
+        raise OSError("no such checkpoint")
+
+
+def test_a_killed_measurement_ran_out_of_memory():
+    model = KilledWhileLoading("large", "", generates=True, max_context=None)
+    measured = list(throughput.measure_apart(model, "eager", [8, 16], "cpu", "float32"))
+    assert measured == [throughput.Measurement("large", "eager", n) for n in (8, 16)]
+
+
+def test_any_other_fault_is_told():
+    model = FailsToLoad("broken", "", generates=True, max_context=None)
+    with pytest.raises(RuntimeError, match="measuring broken with sdpa failed"):
+        list(throughput.measure_apart(model, "sdpa", [8], "cpu", "float32"))
