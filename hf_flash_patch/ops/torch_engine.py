@@ -11,6 +11,7 @@ Legend: n chunk (batches x key heads), g query heads per key head, i rows of a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -74,6 +75,11 @@ class Call:
             lengths_q=self.lengths_q,
             lengths_k=self.lengths_k,
         )
+
+
+def _exp_(x: torch.Tensor) -> torch.Tensor:
+    """exp in place, by exp2: on a CPU, exp is four times slower where its argument is -inf."""
+    return x.mul_(math.log2(math.e)).exp2_()
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Engine:
             peak = torch.maximum(highest, s.amax(dim=-1, keepdim=True))
             # A row that has seen nothing yet would give -inf - (-inf).
             base = peak.masked_fill(peak == float("-inf"), 0.0)
-            p = s.sub_(base).exp_()
+            p = _exp_(s.sub_(base))
             block_total = p.sum(dim=-1, keepdim=True)
             if self.drops:
                 p = p.mul_(self._keep(tile, block))
@@ -205,7 +211,7 @@ class Engine:
         for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
             keys = slice(block.begin, block.end)
             s, slope = self._logits(tile, block, q, kc)
-            p = s.sub_(lse).exp_()  # n gi j
+            p = _exp_(s.sub_(lse))  # n gi j
             dp = torch.bmm(dout, vc[:, keys].transpose(1, 2))
             if self.drops:
                 keep = self._keep(tile, block).to(self.dtype).mul_(self.kept_scale)
