@@ -42,6 +42,7 @@ class Pattern:
     device = None
 
     def to(self, device: object) -> Pattern:
+        """Itself; a pattern is on no device."""
         return self
 
     def __and__(self, other: Pattern) -> Pattern:
