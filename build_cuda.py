@@ -160,7 +160,7 @@ def ninja_file(
     assert toolchain.nvcc and toolchain.torch
     host = ["-fPIC", "-fvisibility=hidden", "-Wall"]
     include = [f"-I{csrc}", f"-I{folder / 'generated'}"]
-    common = ["-O3", "-std=c++17", f"-Xcompiler={','.join(host)}", *include]
+    common = ["-O3", "-std=c++20", f"-Xcompiler={','.join(host)}", *include]
     device = [*common, "--expt-relaxed-constexpr", "-Xptxas=-v", "-Xfatbin=-compress-all"]
     torch_include = [f"-isystem={toolchain.torch / 'include'}"]
     link = ["-shared", "-cudart=static", f"-L{toolchain.torch / 'lib'}"]

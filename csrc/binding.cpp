@@ -65,6 +65,8 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   require(k.size(rows + 2) == p.head_dim && v.size(rows + 2) == p.head_dim, "q, k and v differ in head_dim");
   require(v.size(rows) == k.size(rows) && v.size(rows + 1) == k.size(rows + 1), "k and v differ in shape");
   p.heads_per_group = p.num_heads / p.num_heads_k;
+  p.rows_q = q.size(rows);
+  p.rows_k = k.size(rows);
   p.q = view(q);
   p.k = view(k);
   p.v = view(v);
@@ -139,8 +141,10 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
                      call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
                                    : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
                      ScalarType::Float);
+  Tensor tile_counter = empty(q, {1}, ScalarType::Int);
   AttentionParams p;
   fill(p, q, k, v, out, lse, call);
+  p.tile_counter = static_cast<int*>(tile_counter.data_ptr());
   forward(p, dtype_of(q), current_stream(q));
   return {out, lse};
 }
@@ -179,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
   p.scratch_rows = (rows + kScratchTile - 1) / kScratchTile * kScratchTile;
   const int64_t all = p.scratch_rows * p.num_heads;
   Tensor per_row = empty(q, {2, all}, ScalarType::Float);
-  Tensor dq_accum = empty(q, {all, backward_head_dim(p.head_dim, dtype)}, ScalarType::Float);
+  Tensor dq_accum = empty(q, {all, backward_head_dim(p, dtype)}, ScalarType::Float);
   p.lse_log2 = static_cast<float*>(per_row.data_ptr());
   p.delta = p.lse_log2 + all;
   p.dq_accum = static_cast<float*>(dq_accum.data_ptr());

@@ -79,6 +79,17 @@ const Device& current_device() {
   return d;
 }
 
+// Whether the tensor memory accelerator can read a tensor.
+bool has_tensor_map(const TensorView& t) {
+  return t.aligned && t.row_stride > 0 && t.head_stride > 0 && t.batch_stride >= 0;
+}
+
+// Whether an architecture's kernels take these tensors as they lie.
+bool takes(Arch arch, const AttentionParams& p) {
+  if (arch != Arch::sm90) return true;
+  return p.rows_q > 0 && p.rows_k > 0 && has_tensor_map(p.q) && has_tensor_map(p.k) && has_tensor_map(p.v);
+}
+
 // Preferred architectures of a device, best first. HFP_ARCH names one to force it, for tests.
 bool serves(Arch arch, const Device& d) {
   static const char* forced = std::getenv("HFP_ARCH");
@@ -95,13 +106,18 @@ bool serves(Arch arch, const Device& d) {
   return false;
 }
 
-// The smallest head_dim that holds the one asked for; among equals, the architecture nearest to the device.
-const Instance& find(Direction direction, Dtype dtype, int head_dim) {
+// What an instance costs: its padded head_dim, twice as much without wgmma. Among equals the architecture nearest to
+// the device wins.
+int cost(const Instance& i) { return i.head_dim * (i.arch == Arch::sm90 ? 1 : 2); }
+
+const Instance& find(Direction direction, Dtype dtype, const AttentionParams& p) {
+  const int head_dim = p.head_dim;
   const Device& device = current_device();
   const Instance* best = nullptr;
   for (const Instance& i : kInstances) {
-    if (i.direction != direction || i.dtype != dtype || i.head_dim < head_dim || !serves(i.arch, device)) continue;
-    if (!best || i.head_dim < best->head_dim || (i.head_dim == best->head_dim && i.arch > best->arch)) best = &i;
+    if (i.direction != direction || i.dtype != dtype || i.head_dim < head_dim) continue;
+    if (!serves(i.arch, device) || !takes(i.arch, p)) continue;
+    if (!best || cost(i) < cost(*best) || (cost(i) == cost(*best) && i.arch > best->arch)) best = &i;
   }
   if (best) return *best;
   throw std::runtime_error(
@@ -114,14 +130,14 @@ const Instance& find(Direction direction, Dtype dtype, int head_dim) {
 }  // namespace
 
 void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
-  find(Direction::forward, dtype, p.head_dim).forward(p, stream);
+  find(Direction::forward, dtype, p).forward(p, stream);
 }
 
 void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
-  find(Direction::backward, dtype, p.head_dim).backward(p, stream);
+  find(Direction::backward, dtype, p).backward(p, stream);
 }
 
-int backward_head_dim(int head_dim, Dtype dtype) { return find(Direction::backward, dtype, head_dim).head_dim; }
+int backward_head_dim(const AttentionParams& p, Dtype dtype) { return find(Direction::backward, dtype, p).head_dim; }
 
 std::string compiled_instances() {
   std::string all;

@@ -16,7 +16,7 @@ void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream);
 void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream);
 
 // The head_dim that backward's dQ scratch is padded to.
-int backward_head_dim(int head_dim, Dtype dtype);
+int backward_head_dim(const AttentionParams& p, Dtype dtype);
 
 // "sm80 forward bf16 64; ..." of everything compiled.
 std::string compiled_instances();

@@ -46,7 +46,10 @@ struct AttentionParams {
       nullptr;  // row i of head h of sequence b: b * lse_batch_stride + h * lse_head_stride + i (+ cu_seqlens_q[b])
   int64_t lse_batch_stride = 0;
   int64_t lse_head_stride = 0;
+  int* tile_counter = nullptr;  // [1] scratch of a forward that hands out tiles as blocks become free
 
+  int64_t rows_q = 0;  // rows of q and of k in memory: seqlen, or the total
+  int64_t rows_k = 0;
   int batch = 0;
   int num_heads = 0;
   int num_heads_k = 0;

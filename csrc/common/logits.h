@@ -1,13 +1,16 @@
-// What happens to an accumulator of S between the two products, the same in both directions: softcap and ALiBi, the
-// element test of the mask, dropout. An accumulator tile is 16 x 8 per [i][j]; this thread's first element is at
-// (row + 16 i, col + 8 j).
+// What happens to an accumulator of S between the two products, the same in both directions and on every architecture:
+// softcap and ALiBi, the element test of the mask, dropout. An accumulator tile is 16 x 8 per [i][j]; this thread's
+// first element is at (row + 16 i, col + 8 j).
 #pragma once
 
 #include "common/dropout.h"
 #include "common/mask.h"
-#include "sm80/traits.h"
 
-namespace hfp::sm80 {
+namespace hfp {
+
+// What a kernel is compiled for. Masks are always there and cost nothing in full blocks; what changes every logit or
+// every probability has its own instance.
+enum class Variant { kPlain, kDropout, kGeneral };  // kGeneral: softcap, ALiBi, any scale, with or without dropout
 
 // tanh without the library's branches: absolute error 1e-7, which softcap multiplies by some 30.
 __device__ __forceinline__ float tanh_exp(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
@@ -42,33 +45,37 @@ class LogitBias {
   float scale_, softcap_, inv_softcap_, slope_;
 };
 
-// Hides what the mask hides, element by element. `start` is the warp's first column: a multiple of 32, or of 16 if the
-// warp has no more than 16 columns.
+// Hides what the mask hides, element by element, with the tests that the block needs (`why`, see Mask::hidden). `start`
+// is the warp's first column: a multiple of 32, or of 16 if the warp has no more than 16 columns.
 template <int kM, int kN>
-__device__ __forceinline__ void mask_elements(const Mask& mask, float (&s)[kM][kN][4], int row, int start, int lane) {
+__device__ __forceinline__ void mask_elements(const Mask& mask, unsigned why, float (&s)[kM][kN][4], int row, int start,
+                                              int lane) {
   const int lane_col = 2 * (lane & 3);
-  uint32_t words[(kN + 3) / 4];
+  const auto hide_where = [&](auto hidden) {
 #pragma unroll
-  for (int w = 0; w < (kN + 3) / 4; ++w) {
-    const int first = start + 32 * w;
-    words[w] = mask.key_word(first & ~31) >> (first & 31) >> lane_col;
-  }
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
-  for (int i = 0; i < kM; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        const Range r = mask.row_limits(row + 16 * i + 8 * h);
+        const int begin = r.begin - start - lane_col, end = r.end - start - lane_col;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Range r = mask.row_limits(row + 16 * i + 8 * h);
-      const int begin = r.begin - start - lane_col, end = r.end - start - lane_col;
+        for (int j = 0; j < kN; ++j)
 #pragma unroll
-      for (int j = 0; j < kN; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int c = 8 * j + e;
-          const bool real = words[j / 4] >> (8 * (j % 4) + e) & 1u;
-          if (c < begin || c >= end || !real) s[i][j][2 * h + e] = -INFINITY;
-        }
+          for (int e = 0; e < 2; ++e) {
+            if (hidden(8 * j + e, begin, end)) s[i][j][2 * h + e] = -INFINITY;
+          }
       }
+  };
+  if (why & kPastRange) hide_where([](int c, int, int end) { return c >= end; });
+  if (why & kBeforeRange) hide_where([](int c, int begin, int) { return c < begin; });
+  if (why & kByBits) {
+    uint32_t words[(kN + 3) / 4];
+#pragma unroll
+    for (int w = 0; w < (kN + 3) / 4; ++w) {
+      const int first = start + 32 * w;
+      words[w] = mask.key_word(first & ~31) >> (first & 31) >> lane_col;
     }
+    hide_where([&](int c, int, int) { return !(words[c / 32] >> (c % 32) & 1u); });
   }
 }
 
@@ -105,4 +112,4 @@ __device__ __forceinline__ void keep_elements(const Dropout& dropout, uint32_t (
 }
 __device__ __forceinline__ bool kept(uint32_t word, int j, int e) { return word >> (4 * (j % 4) + e) & 1u; }
 
-}  // namespace hfp::sm80
+}  // namespace hfp

@@ -23,6 +23,9 @@ struct TileSpan {
   Range all;
 };
 
+// Which element tests a block needs.
+enum Hidden : unsigned { kBeforeRange = 1, kPastRange = 2, kByBits = 4 };
+
 // Blocks in the order in which a main loop takes them: from the last to the first, so that the partial blocks of a
 // causal mask come first.
 struct BlockCursor {
@@ -35,7 +38,7 @@ struct BlockCursor {
 class Mask {
  public:
   __device__ Mask(const MaskParams& p, const Sequence& seq)
-      : p_(p), seq_(seq), shift_(seq.seqlen_k - seq.seqlen_q), keys_{0, seq.seqlen_k} {
+      : p_(&p), rows_(seq.seqlen_q), shift_(seq.seqlen_k - seq.seqlen_q), keys_{0, seq.seqlen_k} {
     if (p.key_range) {
       keys_.begin = max(p.key_range[2 * seq.batch], 0);
       keys_.end = min(p.key_range[2 * seq.batch + 1], seq.seqlen_k);
@@ -50,10 +53,10 @@ class Mask {
   // Keys that row i may see, bits aside.
   __device__ Range row_limits(int i) const {
     Range r = keys_;
-    if (p_.window_left >= 0) r.begin = max(r.begin, i + shift_ - p_.window_left);
-    if (p_.window_right >= 0) r.end = min(r.end, i + shift_ + p_.window_right + 1);
+    if (p_->window_left >= 0) r.begin = max(r.begin, i + shift_ - p_->window_left);
+    if (p_->window_right >= 0) r.end = min(r.end, i + shift_ + p_->window_right + 1);
     if (docs_) {
-      const int row = min(i, seq_.seqlen_q - 1);
+      const int row = min(i, rows_ - 1);
       r.begin = max(r.begin, docs_[2 * row]);
       r.end = min(r.end, docs_[2 * row + 1]);
     }
@@ -63,28 +66,33 @@ class Mask {
   // Rows [begin, end) of the sequence, end > begin.
   __device__ TileSpan tile_span(int begin, int end) const {
     const Range first = row_limits(begin);
-    const Range last = row_limits(min(end, seq_.seqlen_q) - 1);
+    const Range last = row_limits(min(end, rows_) - 1);
     return {{first.begin, last.end}, {last.begin, first.end}};
   }
 
   template <int kBlockK>
   __device__ BlockCursor key_blocks(const TileSpan& span) const {
     const int begin = max(span.any.begin, 0);
-    const int end = min(span.any.end, seq_.seqlen_k);
+    const int end = min(span.any.end, rows_ + shift_);
     if (begin >= end) return {-1, 0};
     return {(end - 1) / kBlockK, begin / kBlockK};
   }
 
-  // Whether some pair of the block is hidden although its tile meets it. Uniform over the tile.
+  // Why some pair of a block may be hidden although its tile meets it, as a set of Hidden. Uniform over the tile; 0
+  // means that every row of the tile sees every key of the block.
   template <int kBlockK>
-  __device__ bool is_partial(const TileSpan& span, int block) const {
+  __device__ unsigned hidden(const TileSpan& span, int block) const {
     const int begin = block * kBlockK;
-    if (begin < span.all.begin || begin + kBlockK > span.all.end) return true;
-    if (!bits_) return false;
-    uint32_t every = 0xffffffffu;
+    unsigned why = 0;
+    if (begin < span.all.begin) why |= kBeforeRange;
+    if (begin + kBlockK > span.all.end) why |= kPastRange;
+    if (bits_) {
+      uint32_t every = 0xffffffffu;
 #pragma unroll
-    for (int i = 0; i < kBlockK / 32; ++i) every &= bits_[begin / 32 + i];
-    return every != 0xffffffffu;
+      for (int i = 0; i < kBlockK / 32; ++i) every &= key_word(begin + 32 * i);
+      if (every != 0xffffffffu) why |= kByBits;
+    }
+    return why;
   }
 
   // The query tiles that meet keys [begin, end), as a range of rows. Documents only narrow the range where they are
@@ -92,9 +100,9 @@ class Mask {
   __device__ Range rows_meeting(int begin, int end) const {
     Range keys{max(begin, keys_.begin), min(end, keys_.end)};
     if (keys.empty()) return {0, 0};
-    Range rows{0, seq_.seqlen_q};
-    if (p_.window_right >= 0) rows.begin = max(rows.begin, keys.begin - shift_ - p_.window_right);
-    if (p_.window_left >= 0) rows.end = min(rows.end, keys.end - 1 - shift_ + p_.window_left + 1);
+    Range rows{0, rows_};
+    if (p_->window_right >= 0) rows.begin = max(rows.begin, keys.begin - shift_ - p_->window_right);
+    if (p_->window_left >= 0) rows.end = min(rows.end, keys.end - 1 - shift_ + p_->window_left + 1);
     if (docs_) {
       rows.begin = max(rows.begin, docs_[2 * keys.begin]);
       rows.end = min(rows.end, docs_[2 * (keys.end - 1) + 1]);
@@ -102,15 +110,12 @@ class Mask {
     return rows;
   }
 
-  // Bits of keys [begin, begin + 32), begin a multiple of 32. Keys past the last word are hidden by row_limits already.
-  __device__ uint32_t key_word(int begin) const {
-    if (!bits_) return 0xffffffffu;
-    return begin < p_.seqlen_k ? bits_[begin / 32] : 0u;
-  }
+  // Bits of keys [begin, begin + 32), begin a multiple of 32, where there are bits.
+  __device__ uint32_t key_word(int begin) const { return begin < p_->seqlen_k ? bits_[begin / 32] : 0u; }
 
  private:
-  const MaskParams& p_;
-  const Sequence& seq_;
+  const MaskParams* p_;
+  int rows_;
   int shift_;
   Range keys_;
   const int* docs_;

@@ -19,10 +19,10 @@ struct Softmax {
     }
   }
 
-  // Turns logits into probabilities relative to the running maximum and scales what was summed before. exp2 is the
-  // architecture's exponential.
-  template <int kN, int kO, class Exp2>
-  __device__ __forceinline__ void update(float (&s)[kM][kN][4], float (&o)[kM][kO][4], float scale, Exp2 exp2) {
+  // Turns logits into probabilities relative to the running maximum. What was summed before, the output too, has then
+  // to shrink by the factors returned. exp2 is the architecture's exponential.
+  template <int kN, class Exp2>
+  __device__ __forceinline__ void update(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -34,7 +34,7 @@ struct Softmax {
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
         // A row that has seen nothing has maximum -inf; exponents are taken from 0 then, because -inf - -inf is NaN.
         const float base = m == -INFINITY ? 0.f : m * scale;
-        const float shrink = exp2(fmaf(row_max[i][h], scale, -base));
+        shrink[i][h] = exp2(fmaf(row_max[i][h], scale, -base));
         row_max[i][h] = m;
         float sum = 0.f;
 #pragma unroll
@@ -45,12 +45,7 @@ struct Softmax {
             sum += s[i][j][2 * h + e];
           }
         }
-        row_sum[i][h] = fmaf(row_sum[i][h], shrink, sum);
-#pragma unroll
-        for (int j = 0; j < kO; ++j) {
-          o[i][j][2 * h] *= shrink;
-          o[i][j][2 * h + 1] *= shrink;
-        }
+        row_sum[i][h] = fmaf(row_sum[i][h], shrink[i][h], sum);
       }
     }
   }
@@ -65,5 +60,15 @@ struct Softmax {
     return sum > 0.f ? fmaf(row_max[i][h] * scale, kLn2, logf(sum)) : -INFINITY;
   }
 };
+
+template <int kM, int kN>
+__device__ __forceinline__ void scale_rows(float (&o)[kM][kN][4], const float (&factor)[kM][2]) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[i][j][e] *= factor[i][e / 2];
+}
 
 }  // namespace hfp

@@ -4,10 +4,11 @@
 //   S = Q K^T, P = exp2(S - lse), dP = dO V^T, dS = P (dP - delta), dV += P^T dO, dQ += dS K, dK += dS^T Q
 #pragma once
 
+#include "common/logits.h"
 #include "launch.h"
 #include "sm80/backward_edges.h"
-#include "sm80/logits.h"
 #include "sm80/tile.h"
+#include "sm80/traits.h"
 
 namespace hfp::sm80 {
 
@@ -61,7 +62,7 @@ class QueryTiles {
   int tile = 0;
   int head = 0;     // in its group
   int turn;         // how many key blocks before this one meet the tile
-  bool is_partial;  // some pair of the two is hidden
+  unsigned hidden;  // why some pair of the two may be, see Mask::hidden
 
  private:
   // Goes on to the next tile that meets the block. What the kernel wants to know of it is kept instead of its span,
@@ -76,7 +77,7 @@ class QueryTiles {
       const TileSpan span = mask_.tile_span(tile * B::kBlockQ, (tile + 1) * B::kBlockQ);
       const BlockCursor cursor = mask_.template key_blocks<B::kBlockK>(span);
       turn = block_ - cursor.first;
-      is_partial = mask_.template is_partial<B::kBlockK>(span, block_);
+      hidden = mask_.template hidden<B::kBlockK>(span, block_);
       if (turn >= 0 && block_ <= cursor.block) return;
       ++tile;
     }
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 #pragma unroll 1
   while (at.valid()) {
     const int row0 = at.tile * kBlockQ, head = head0 + at.head;
-    const bool partial = at.is_partial;
+    const unsigned hidden = at.hidden;
     const int turn = at.turn;
     const int64_t scratch = head * p.scratch_rows + scratch_row + row0;
     const uint32_t q_now = tile_q + stage * TileQ::kBytes, do_now = tile_do + stage * TileQ::kBytes;
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     const int row = not_hoisted(row0 + s_row + lane / 4);
     const LogitBias bias(p, seq.batch, head);
     if constexpr (B::kVariant == Variant::kGeneral) bias_elements(bias, s, row, key0 + s_col + lane_col, mask.shift());
-    if (partial) mask_elements(mask, s, row, key0 + s_col, lane);
+    if (hidden) mask_elements(mask, hidden, s, row, key0 + s_col, lane);
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
 #pragma unroll

@@ -3,10 +3,11 @@
 //   V(n) is on its way while S = Q K(n)^T is computed, K(n - 1) while the softmax and O += P V(n) are.
 #pragma once
 
+#include "common/logits.h"
 #include "common/softmax.h"
 #include "launch.h"
-#include "sm80/logits.h"
 #include "sm80/tile.h"
+#include "sm80/traits.h"
 
 namespace hfp::sm80 {
 
@@ -95,8 +96,12 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
     cp_async_commit();
 
     if constexpr (F::kVariant == Variant::kGeneral) bias_elements(bias, s, row, n * kBlockK + lane_col, mask.shift());
-    if (mask.template is_partial<kBlockK>(span, n)) mask_elements(mask, s, not_hoisted(row), n * kBlockK, lane);
-    softmax.update(s, o, p.exp2_scale, exp2_approx);
+    if (const unsigned why = mask.template hidden<kBlockK>(span, n)) {
+      mask_elements(mask, why, s, not_hoisted(row), n * kBlockK, lane);
+    }
+    float shrink[kM][2];
+    softmax.update(s, shrink, p.exp2_scale, exp2_approx);
+    scale_rows(o, shrink);
 
     if constexpr (F::kVariant != Variant::kPlain) {
       if (F::kVariant == Variant::kDropout || p.dropout.rng_state) {

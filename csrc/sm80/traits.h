@@ -10,17 +10,13 @@ namespace hfp::sm80 {
 // What spills in the main loops is a handful of loop-invariant scalars beside 192 accumulators, some 15 local accesses
 // among 1600 instructions a step. FlashAttention-2's kernels, with the same tiles, spill half as much again
 // (docs/kernel-notes.md). Bytes beyond these limits fail the build.
-// ptxas-spill-ok(forward_kernel, 200): loop invariants only
-// ptxas-spill-ok(backward_kernel, 400): loop invariants only
+// ptxas-spill-ok(sm8014forward_kernel, 260): loop invariants only
+// ptxas-spill-ok(sm8015backward_kernel, 400): loop invariants only
 
 struct sm80 {};
 struct sm86 {};
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-
-// What a kernel is compiled for. Masks are always there and cost nothing in full blocks; what changes every logit or
-// every probability has its own instance.
-enum class Variant { kPlain, kDropout, kGeneral };  // kGeneral: softcap, ALiBi, any scale, with or without dropout
 
 template <class Arch, int kHeadDim>
 struct ForwardTraits {

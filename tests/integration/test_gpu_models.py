@@ -46,14 +46,15 @@ def test_as_exact_as_eager_in_bf16(model, kind):
     with hfp.patched(model, backend="cuda"):
         ours, our_gradients = gradients(model, inputs, mask)
 
-    def no_worse(actual, peer, reference, what):
-        rounding = 2**-8 * reference.abs().max()
+    def no_worse(actual, peer, reference, scale, what):
         error, allowed = (actual - reference).abs().max(), (peer - reference).abs().max()
-        assert error <= 2 * allowed + rounding, f"{what}: {error:.1e} against {allowed:.1e}"
+        assert error <= 2 * allowed + 2**-8 * scale, f"{what}: {error:.1e} against {allowed:.1e}"
 
-    no_worse(ours, eager, exact, "logits")
+    # The gradient of a key's bias is 0 but for rounding, so a gradient's scale is the model's.
+    largest = max(gradient.abs().max() for gradient in exact_gradients.values())
+    no_worse(ours, eager, exact, exact.abs().max(), "logits")
     for name, gradient in our_gradients.items():
-        no_worse(gradient, eager_gradients[name], exact_gradients[name], name)
+        no_worse(gradient, eager_gradients[name], exact_gradients[name], 1e-2 * largest, name)
 
 
 @pytest.mark.parametrize("kind", ["none", "left", "right", "holes"])
@@ -63,12 +64,15 @@ def test_forward_and_backward_never_wait_for_the_gpu(model, kind):
     inputs = {"input_ids": token_ids().cuda()}
     if mask is not None:
         inputs["attention_mask"] = mask.cuda()
+    # Without a cache and without a mask, transformers itself reads position_ids on the host, to
+    # find packed documents, before it asks anybody for a mask.
+    use_cache = kind == "none"
     with hfp.patched(model, backend="cuda"):
         for mode in ("default", "error"):  # the first time, libraries initialise
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                model(**inputs, use_cache=False).logits.float().mean().backward()
+                model(**inputs, use_cache=use_cache).logits.float().mean().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 

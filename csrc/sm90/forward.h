@@ -1,0 +1,449 @@
+// Forward on Hopper. A block of warpgroups owns tiles of 64 rows a consumer: one producer thread copies Q, K and V
+// through the tensor memory accelerator into a ring of stages, the consumers multiply with wgmma. Two overlaps hide the
+// softmax behind the tensor cores: within a warpgroup, S(n) = Q K(n)^T is issued before O += P(n + 1) V(n + 1) and both
+// run while the softmax waits only for the first; between warpgroups, named barriers make them take turns at issuing
+// (ping-pong).
+#pragma once
+
+#include <algorithm>
+
+#include "common/logits.h"
+#include "common/softmax.h"
+#include "launch.h"
+#include "sm90/schedule.h"
+#include "sm90/tensor_map.h"
+#include "sm90/tile.h"
+
+namespace hfp::sm90 {
+
+struct sm90 {};
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// What spills: per tile, its description; per block, in the general variant, the numbers of softcap and ALiBi.
+// ptxas-spill-ok(sm9014forward_kernel, 300): nothing that a product waits for
+
+template <int kHeadDim, Variant kVariant>
+struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32
+  static constexpr int kConsumers = kHeadDim <= 64 && kVariant != Variant::kGeneral ? 3 : 2;
+  static constexpr int kBlockK = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kStages = 2;
+  static constexpr int kStagesQ = kHeadDim <= 128 ? 2 : 1;  // 2: the next tile's Q arrives while this one is worked on
+  static constexpr bool kPingPong = kHeadDim <= 128;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+};
+
+template <typename Element_, int kHeadDim_, Variant kVariant_>
+struct Forward : ForwardTraits<kHeadDim_, kVariant_> {
+  using Traits = ForwardTraits<kHeadDim_, kVariant_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr Variant kVariant = kVariant_;
+  static constexpr int kBlockQ = 64 * Traits::kConsumers;
+  static constexpr int kThreads = 128 * (Traits::kConsumers + 1);
+
+  using TileQ = Tile<64, kHeadDim>;  // of one consumer
+  using TileK = Tile<Traits::kBlockK, kHeadDim>;
+  struct Barriers {
+    uint64_t q_full[Traits::kStagesQ * Traits::kConsumers], q_empty[Traits::kStagesQ * Traits::kConsumers];
+    uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
+    uint64_t tile_full, tile_empty;
+    int tile;
+  };
+  static constexpr int kTileBytes =
+      2 * Traits::kStages * TileK::kBytes + Traits::kStagesQ * Traits::kConsumers * TileQ::kBytes;
+  static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
+};
+
+template <class F>
+__device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q,
+                                        uint32_t tile_k, uint32_t tile_v) {
+  using TileQ = typename F::TileQ;
+  using TileK = typename F::TileK;
+  Stage<F::kStages> k(1), v(1);
+  Stage<F::kStagesQ> q(1);
+  auto load = [&](Stage<F::kStages>& stage, uint64_t* full, uint64_t* empty, uint32_t tile, const CUtensorMap* map,
+                  int row, int head, int batch) {
+    barrier_wait(smem_address(empty + stage.index), stage.parity);
+    const uint32_t bar = smem_address(full + stage.index);
+    barrier_expect(bar, TileK::kBytes);
+    TileK::load(tile + stage.index * TileK::kBytes, map, bar, row, head, batch);
+    stage.next();
+  };
+#pragma unroll 1
+  for (TileQueue<F> queue(a, bars); queue.valid(); queue.next(false)) {
+    const Work<F> work(a, queue.tile());
+    if (!work.cursor.valid()) continue;
+    const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
+    const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;
+    int n = work.cursor.block;
+    load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + n * F::kBlockK, head_k, batch);
+#pragma unroll
+    for (int w = 0; w < F::kConsumers; ++w) {
+      const int at = q.index * F::kConsumers + w;
+      barrier_wait(smem_address(bars->q_empty + at), q.parity);
+      const uint32_t bar = smem_address(bars->q_full + at);
+      barrier_expect(bar, TileQ::kBytes);
+      TileQ::load(tile_q + at * TileQ::kBytes, &a.q, bar, query0 + 64 * w, work.head, batch);
+    }
+    q.next();
+#pragma unroll 1
+    for (; n >= work.cursor.first; --n) {
+      if (n > work.cursor.first) {
+        load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + (n - 1) * F::kBlockK, head_k, batch);
+      }
+      load(v, bars->v_full, bars->v_empty, tile_v, &a.v, key0 + n * F::kBlockK, head_k, batch);
+    }
+  }
+}
+
+// One warpgroup of consumers.
+template <class F>
+class Consumer {
+  using Element = typename F::Element;
+  using TileQ = typename F::TileQ;
+  using TileK = typename F::TileK;
+  static constexpr int kNS = F::kBlockK / 8, kNO = F::kHeadDim / 8;
+  using AccumulatorS = float (&)[4 * kNS];
+  using AccumulatorO = float (&)[4 * kNO];
+
+ public:
+  __device__ Consumer(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q, uint32_t tile_k,
+                      uint32_t tile_v)
+      : a_(a),
+        bars_(bars),
+        group_(threadIdx.x / 128 - 1),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        desc_q_(TileQ::along(tile_q + group_ * TileQ::kBytes)),
+        desc_k_(TileK::along(tile_k)),
+        desc_v_(TileK::down(tile_v)) {}
+
+  // Tile after tile. The first product of a tile is issued together with the last of the one before, so that the tensor
+  // cores have work while one tile's output leaves and the next one's softmax begins.
+  __device__ __forceinline__ void run() {
+    if (F::kPingPong && group_ == F::kConsumers - 1) named_arrive(1, 256);
+    TileQueue<F> queue(a_, bars_);
+    Work<F> work(a_, queue.tile());
+    if (!settle(queue, work)) return;
+    float s[1][kNS][4], o[1][kNO][4], shrink[1][2];
+    uint32_t prob[F::kBlockK / 16][4];
+    Softmax<1> softmax;
+    await_first();
+    take_turn();
+    issue_qk(s);
+    pass_turn();
+    wgmma_wait<0>();
+    pin(reinterpret_cast<AccumulatorS>(s));
+    release(k_, bars_->k_empty);
+    probabilities(work, softmax, s, shrink, work.cursor.block);
+    round_to(prob, work, s, work.cursor.block);
+#pragma unroll 1
+    for (;;) {
+      int accumulate = 0;
+#pragma unroll 1
+      for (int n = work.cursor.block - 1; n >= work.cursor.first; --n) {
+        barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+        take_turn();
+        issue_qk(s);
+        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        issue_pv(o, prob, accumulate);
+        accumulate = 1;
+        pass_turn();
+        wgmma_wait<1>();
+        pin(reinterpret_cast<AccumulatorS>(s));
+        release(k_, bars_->k_empty);
+        probabilities(work, softmax, s, shrink, n);
+        wgmma_wait<0>();
+        pin(reinterpret_cast<AccumulatorO>(o));
+        pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+        release(v_, bars_->v_empty);
+        round_to(prob, work, s, n);
+        scale_rows(o, shrink);
+      }
+      release_q();
+      queue.next(true);
+      const Work<F> done = work;
+      if (!settle(queue, work)) {
+        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        issue_pv(o, prob, accumulate);
+        wgmma_wait<0>();
+        pin(reinterpret_cast<AccumulatorO>(o));
+        finish(done, softmax, o);
+        return;
+      }
+      Softmax<1> sums = softmax;
+      softmax = Softmax<1>();
+      await_first();
+      take_turn();
+      issue_qk(s);
+      barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+      issue_pv(o, prob, accumulate);
+      pass_turn();
+      wgmma_wait<1>();
+      pin(reinterpret_cast<AccumulatorS>(s));
+      release(k_, bars_->k_empty);
+      probabilities(work, softmax, s, shrink, work.cursor.block);
+      wgmma_wait<0>();
+      pin(reinterpret_cast<AccumulatorO>(o));
+      pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+      release(v_, bars_->v_empty);
+      finish(done, sums, o);
+      round_to(prob, work, s, work.cursor.block);
+    }
+  }
+
+ private:
+  // Goes on to a tile that sees something; one that sees nothing gets zeros here.
+  __device__ __forceinline__ bool settle(TileQueue<F>& queue, Work<F>& work) {
+    for (; queue.valid(); queue.next(true)) {
+      work = Work<F>(a_, queue.tile());
+      if (work.cursor.valid()) return true;
+      if (!work.exists()) continue;
+      Softmax<1> nothing;
+      float o[1][kNO][4];
+      sm80::clear(o);
+      finish(work, nothing, o);
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void await_first() {
+    barrier_wait(smem_address(bars_->q_full + q_.index * F::kConsumers + group_), q_.parity);
+    barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+  }
+  __device__ __forceinline__ void release_q() {
+    if (lane_ == 0) barrier_arrive(smem_address(bars_->q_empty + q_.index * F::kConsumers + group_));
+    q_.next();
+  }
+  __device__ __forceinline__ void take_turn() {
+    if (F::kPingPong) named_sync(1 + group_, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if (F::kPingPong) named_arrive(1 + (group_ + 1) % F::kConsumers, 256);
+  }
+  __device__ int first_row(const Work<F>& work) const { return work.row0 + 64 * group_ + 16 * warp_; }
+
+  __device__ __forceinline__ void issue_qk(float (&s)[1][kNS][4]) {
+    const uint64_t q = desc_q_ + q_.index * (F::kConsumers * TileQ::kBytes >> 4);
+    const uint64_t k = desc_k_ + k_.index * (TileK::kBytes >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < F::kHeadDim / 16; ++i) {
+      Wgmma<F::kBlockK, Element>::template ss<0, 0>(reinterpret_cast<AccumulatorS>(s), q + TileQ::along_step(i),
+                                                    k + TileK::along_step(i), i > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_pv(float (&o)[1][kNO][4], uint32_t (&prob)[F::kBlockK / 16][4],
+                                           int accumulate) {
+    const uint64_t v = desc_v_ + v_.index * (TileK::kBytes >> 4);
+    pin(reinterpret_cast<AccumulatorO>(o));
+    pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < F::kBlockK / 16; ++i) {
+      Wgmma<F::kHeadDim, Element>::template rs<1>(reinterpret_cast<AccumulatorO>(o), prob[i], v + TileK::down_step(i),
+                                                  i > 0 ? 1 : accumulate);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release(Stage<F::kStages>& stage, uint64_t* empty) {
+    if (lane_ == 0) barrier_arrive(smem_address(empty + stage.index));
+    stage.next();
+  }
+
+  __device__ __forceinline__ void probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+                                                float (&shrink)[1][2], int n) {
+    const int row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
+    if constexpr (F::kVariant == Variant::kGeneral) {
+      const LogitBias bias(a_.p, work.seq.batch, work.head);
+      bias_elements(bias, s, row, key0 + 2 * (lane_ % 4), work.mask.shift());
+    }
+    if (const unsigned why = work.mask.template hidden<F::kBlockK>(work.span, n)) {
+      mask_elements(work.mask, why, s, sm80::not_hoisted(row), key0, lane_);
+    }
+    softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
+  }
+
+  // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
+  __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
+                                           float (&s)[1][kNS][4], int n) {
+    if constexpr (F::kVariant != Variant::kPlain) {
+      if (F::kVariant == Variant::kDropout || a_.p.dropout.rng_state) {
+        const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + work.head);
+        uint32_t keep[1][kNS / 4];
+        keep_elements<1, kNS>(dropout, keep, first_row(work), n * F::kBlockK, lane_);
+#pragma unroll
+        for (int j = 0; j < kNS; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[0][j][e] = kept(keep[0][j / 4], j, e) ? s[0][j][e] : 0.f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < F::kBlockK / 16; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float (&c)[4] = s[0][2 * j + e / 2];
+        prob[j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
+      }
+  }
+
+  // Writes lse and O. Four lanes hold two columns each of 8; they trade so that each writes 16 bytes of one row.
+  __device__ __forceinline__ void finish(const Work<F>& work, Softmax<1>& softmax, float (&o)[1][kNO][4]) {
+    const AttentionParams& p = a_.p;
+    const int lane_col = lane_ % 4;
+    float* lse = p.lse + work.seq.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.seq.offset_q;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row(work) + lane_ / 4 + 8 * h;
+      const float row_lse = softmax.finish(0, h, p.exp2_scale);
+      if (lane_col == 0 && row < work.seq.seqlen_q) lse[row] = row_lse;
+      float scale = softmax.row_sum[0][h] > 0.f ? 1.f / softmax.row_sum[0][h] : 0.f;
+      if constexpr (F::kVariant != Variant::kPlain) scale *= p.dropout.rescale;
+      Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row, work.head);
+#pragma unroll
+      for (int j = 0; j < kNO; j += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = pack<Element>(o[0][j + i][2 * h] * scale, o[0][j + i][2 * h + 1] * scale);
+        transpose_quad(x, lane_col);
+        const int col = 8 * (j + lane_col);
+        if (row >= work.seq.seqlen_q) continue;
+        if (p.out.aligned && col + 8 <= p.head_dim) {
+          *reinterpret_cast<uint4*>(out + col) = make_uint4(x[0], x[1], x[2], x[3]);
+        } else {
+          for (int e = 0; e < 8; ++e) {
+            if (col + e >= p.head_dim) break;
+            reinterpret_cast<uint16_t*>(out)[col + e] = static_cast<uint16_t>(x[e / 2] >> (16 * (e % 2)));
+          }
+        }
+      }
+    }
+  }
+
+  // Among four neighbouring lanes, x[i] of lane j becomes x[j] of lane i.
+  __device__ static __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane_col) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      const bool upper = lane_col & step;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & step) continue;
+        const uint32_t sent = upper ? x[i] : x[i + step];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
+        if (upper) {
+          x[i] = got;
+        } else {
+          x[i + step] = got;
+        }
+      }
+    }
+  }
+
+  const ForwardArguments& a_;
+  typename F::Barriers* bars_;
+  const int group_, lane_, warp_;
+  const uint64_t desc_q_, desc_k_, desc_v_;
+  Stage<F::kStages> k_{0}, v_{0};
+  Stage<F::kStagesQ> q_{0};
+};
+
+template <class F>
+__global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments a) {
+  extern __shared__ unsigned char shared[];
+  const uint32_t base = (smem_address(shared) + 1023) & ~1023u;
+  unsigned char* aligned = shared + (base - smem_address(shared));
+  auto* bars = reinterpret_cast<typename F::Barriers*>(aligned + F::kTileBytes);
+  const uint32_t tile_k = base, tile_v = tile_k + F::kStages * F::TileK::kBytes;
+  const uint32_t tile_q = tile_v + F::kStages * F::TileK::kBytes;
+  if (threadIdx.x == 0) {
+    barrier_init(smem_address(&bars->tile_full), 1);
+    barrier_init(smem_address(&bars->tile_empty), 4 * F::kConsumers + 1);
+    for (int i = 0; i < F::kStagesQ * F::kConsumers; ++i) {
+      barrier_init(smem_address(bars->q_full + i), 1);
+      barrier_init(smem_address(bars->q_empty + i), 4);
+    }
+    for (int i = 0; i < F::kStages; ++i) {
+      barrier_init(smem_address(bars->k_full + i), 1);
+      barrier_init(smem_address(bars->v_full + i), 1);
+      barrier_init(smem_address(bars->k_empty + i), 4 * F::kConsumers);
+      barrier_init(smem_address(bars->v_empty + i), 4 * F::kConsumers);
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
+    give_registers<F::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<F>(a, bars, tile_q, tile_k, tile_v);
+    if (threadIdx.x == 32) TileQueue<F>(a, bars).serve();
+  } else {
+    take_registers<F::kConsumerRegisters>();
+    Consumer<F>(a, bars, tile_q, tile_k, tile_v).run();
+  }
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "forward");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "forward");
+  return count;
+}
+
+template <typename Element, int kHeadDim, Variant kVariant>
+void launch_forward(const AttentionParams& p, cudaStream_t stream) {
+  using F = Forward<Element, kHeadDim, kVariant>;
+  constexpr bool kBf16 = std::is_same_v<Element, bf16>;
+  const int batch = p.mask.cu_seqlens_q ? 1 : p.batch;
+  ForwardArguments a;
+  a.p = p;
+  a.q = tensor_map(p.q, p.head_dim, p.rows_q, p.num_heads, batch, F::TileQ::kPanel, 64, kBf16);
+  a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
+  a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
+  a.tiles = (p.mask.seqlen_q + F::kBlockQ - 1) / F::kBlockQ;
+  const int64_t total = int64_t{a.tiles} * p.num_heads * p.batch;
+  if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: forward: more than 2^31 - 1 tiles");
+  a.total = static_cast<int>(total);
+  const MaskParams& m = p.mask;
+  const bool uneven =
+      m.window_left >= 0 || m.window_right >= 0 || m.cu_seqlens_q || m.seqused_k || m.key_range || m.doc_range;
+  if (!uneven) a.p.tile_counter = nullptr;
+  if (a.p.tile_counter) check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
+  int section = 1;
+  if (uneven) {
+    // K and V of a section stay in the L2 cache: 32 MB of its 50 are what the other traffic leaves.
+    const int64_t head_bytes = 4 * int64_t{m.seqlen_k} * p.head_dim;
+    const int heads = p.num_heads * p.batch;
+    section = static_cast<int>(std::clamp<int64_t>((32 << 20) / std::max<int64_t>(head_bytes, 1), 1, heads));
+    while (heads % section != 0) --section;
+  }
+  a.section_tiles = Divisor(section * a.tiles);
+  a.section_heads = Divisor(section);
+  a.num_heads = Divisor(p.num_heads);
+  a.heads_per_group = Divisor(p.heads_per_group);
+  launch<forward_kernel<F>>({.name = "forward",
+                             .blocks = std::min(a.total, multiprocessors()),
+                             .threads = F::kThreads,
+                             .shared_bytes = F::kSharedBytes,
+                             .stream = stream},
+                            a);
+}
+
+template <typename Element, int kHeadDim>
+void run_forward(const AttentionParams& p, cudaStream_t stream) {
+  if (p.is_general()) return launch_forward<Element, kHeadDim, Variant::kGeneral>(p, stream);
+  if (p.dropout.rng_state) return launch_forward<Element, kHeadDim, Variant::kDropout>(p, stream);
+  launch_forward<Element, kHeadDim, Variant::kPlain>(p, stream);
+}
+
+}  // namespace hfp::sm90
+
+#define HFP_INSTANTIATE(arch, dtype, head_dim)                                                \
+  namespace hfp {                                                                             \
+  void forward_##arch##_##dtype##_##head_dim(const AttentionParams& p, cudaStream_t stream) { \
+    sm90::run_forward<sm90::dtype, head_dim>(p, stream);                                      \
+  }                                                                                           \
+  }

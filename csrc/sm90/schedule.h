@@ -1,0 +1,110 @@
+// Which tile of the forward's work comes when, and rings of stages.
+#pragma once
+
+#include "common/divide.h"
+#include "common/mask.h"
+#include "sm90/ptx.h"
+
+namespace hfp::sm90 {
+
+struct ForwardArguments {
+  CUtensorMap q, k, v;
+  AttentionParams p;
+  int tiles;              // of a head
+  int total;              // of all heads and sequences
+  Divisor section_tiles;  // a section is a few heads whose tiles are interleaved, so that the longest of all run first
+  Divisor section_heads;
+  Divisor num_heads;
+  Divisor heads_per_group;
+};
+
+// A place in a ring of stages, and the parity that its barrier shows when it is one's turn.
+template <int kStages>
+struct Stage {
+  int index = 0;
+  uint32_t parity;
+  __device__ explicit Stage(uint32_t first_parity) : parity(first_parity) {}
+  __device__ void next() {
+    if (++index == kStages) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// One tile of work, the same for whoever asks. Within a section, which shares keys in the L2 cache, the last rows come
+// first: under a causal mask they take longest.
+template <class F>
+struct Work {
+  int row0, head;
+  Sequence seq;
+  Mask mask;
+  TileSpan span;
+  BlockCursor cursor;  // not valid: the tile sees nothing
+
+  __device__ Work(const ForwardArguments& a, int tile)
+      : row0(0), head(0), seq(a.p.mask, locate(a, tile)), mask(a.p.mask, seq), span(), cursor{-1, 0} {
+    if (!exists()) return;
+    span = mask.tile_span(row0, row0 + F::kBlockQ);
+    cursor = mask.template key_blocks<F::kBlockK>(span);
+  }
+  __device__ bool exists() const { return row0 < seq.seqlen_q; }
+
+ private:
+  // Sets row0 and head, returns the sequence.
+  __device__ int locate(const ForwardArguments& a, int tile) {
+    uint32_t rest, in_section, head_index;
+    const uint32_t section = a.section_tiles.divide(tile, rest);
+    const uint32_t from_end = a.section_heads.divide(rest, in_section);
+    const uint32_t sequence = a.num_heads.divide(section * a.section_heads.divisor() + in_section, head_index);
+    row0 = (a.tiles - 1 - static_cast<int>(from_end)) * F::kBlockQ;
+    head = static_cast<int>(head_index);
+    return static_cast<int>(sequence);
+  }
+};
+
+// Hands out tiles: by turns, or, where their costs differ, to whoever is free. Then one thread of the block fetches
+// ahead from a counter in global memory and tells the others through shared memory.
+template <class F>
+class TileQueue {
+ public:
+  __device__ TileQueue(const ForwardArguments& a, typename F::Barriers* bars)
+      : counter_(a.p.tile_counter), total_(a.total), bars_(bars), tile_(blockIdx.x) {}
+
+  __device__ bool valid() const { return tile_ < total_; }
+  __device__ int tile() const { return tile_; }
+
+  // For whole warps, or for one thread that stands for its warp.
+  __device__ void next(bool whole_warp) {
+    if (!counter_) {
+      tile_ += gridDim.x;
+      return;
+    }
+    barrier_wait(smem_address(&bars_->tile_full), parity_);
+    tile_ = *static_cast<volatile int*>(&bars_->tile);
+    if (whole_warp) __syncwarp();
+    if (!whole_warp || threadIdx.x % 32 == 0) barrier_arrive(smem_address(&bars_->tile_empty));
+    parity_ ^= 1;
+  }
+
+  // What the fetching thread does.
+  __device__ void serve() {
+    if (!counter_) return;
+    for (uint32_t parity = 1;; parity ^= 1) {
+      const int tile = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
+      barrier_wait(smem_address(&bars_->tile_empty), parity);
+      *static_cast<volatile int*>(&bars_->tile) = tile;
+      barrier_arrive(smem_address(&bars_->tile_full));
+      if (tile >= total_) return;
+    }
+  }
+
+ private:
+  int* counter_;
+  int total_;
+  typename F::Barriers* bars_;
+  int tile_;
+  uint32_t parity_ = 0;
+};
+
+}  // namespace hfp::sm90
