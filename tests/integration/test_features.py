@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 import hf_flash_patch as hfp
@@ -353,3 +353,17 @@ def test_no_copies_of_q_k_v(monkeypatch):
     hfp_attention(_Module(), *tensors, None)
     for given, got in zip(tensors, seen, strict=True):
         assert got.data_ptr() == given.data_ptr() and got.shape == given.transpose(1, 2).shape
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("method", [PrefixTuningConfig, PromptTuningConfig])
+def test_virtual_tokens_of_peft(family, method):
+    """Prefix tuning starts from a filled cache, prompt tuning from a longer sequence."""
+    base = tiny_model(AutoModelForCausalLM, family)
+    model = get_peft_model(base, method(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    ids, mask = token_ids(), padding("left")
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[:, -12:][mask.bool()]
+        with hfp.patched(model):
+            actual = model(input_ids=ids, attention_mask=mask).logits[:, -12:][mask.bool()]
+    assert_close(actual, expected, "logits")
