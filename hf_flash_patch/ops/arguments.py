@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +11,15 @@ from ..errors import MaskError, UnsupportedKernelError
 from .padding import WORD_BITS
 
 MAX_HEAD_DIM = 256
+TENSOR_FIELDS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_k",
+    "key_range",
+    "key_bits",
+    "doc_range",
+    "attn_bias",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -69,18 +78,7 @@ class MaskArguments:
     @property
     def empty(self) -> bool:
         """Whether nothing is said, so that causal and window are the whole mask."""
-        return all(
-            x is None
-            for x in (
-                self.cu_seqlens_q,
-                self.cu_seqlens_k,
-                self.seqused_k,
-                self.key_range,
-                self.key_bits,
-                self.doc_range,
-                self.attn_bias,
-            )
-        )
+        return all(getattr(self, name) is None for name in TENSOR_FIELDS)
 
     def validate(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Check every given field against q and k, whose own shapes have been checked.
@@ -88,11 +86,11 @@ class MaskArguments:
         Raises:
             MaskError: a field has the wrong shape, dtype or device, or does not go with another.
         """
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+        for name in TENSOR_FIELDS:
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != q.device:
                 raise MaskError(
-                    f"{field.name} is on {tensor.device}, q on {q.device}; move it once, before "
+                    f"{name} is on {tensor.device}, q on {q.device}; move it once, before "
                     "the forward pass."
                 )
         if self.varlen:

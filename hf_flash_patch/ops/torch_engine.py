@@ -207,11 +207,16 @@ class Engine:
         """Add a tile's share to the gradients of its chunk."""
         q = qc[:, :, tile.rows].flatten(1, 2)  # n gi d
         dout, delta, lse = (x[:, :, tile.rows].flatten(1, 2) for x in gradients)
+        base, total = lse, None
+        if self.bias is not None and self.bias.dtype != torch.bool:
+            base, total = self._row_statistics(tile, q, kc)
         dq = torch.zeros_like(q)
         for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
             keys = slice(block.begin, block.end)
             s, slope = self._logits(tile, block, q, kc)
-            p = _exp_(s.sub_(lse))  # n gi j
+            p = _exp_(s.sub_(base))  # n gi j
+            if total is not None:
+                p.div_(total)
             dp = torch.bmm(dout, vc[:, keys].transpose(1, 2))
             if self.drops:
                 keep = self._keep(tile, block).to(self.dtype).mul_(self.kept_scale)
@@ -225,6 +230,26 @@ class Engine:
             dq.baddbmm_(ds, kc[:, keys])
             dkc[:, keys].baddbmm_(ds.transpose(1, 2), q)
         dqc[:, :, tile.rows] = dq.unflatten(1, (self.groups, -1))
+
+    def _row_statistics(
+        self, tile: Tile, q: torch.Tensor, kc: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Largest logit and sum of exp(logit - largest), (n, g * i, 1) each; (+inf, 1) of no
+        logits.
+
+        lse says the same, unless a bias such as finfo.min leaves no digits for the sum.
+        """
+        highest = q.new_full((*q.shape[:2], 1), float("-inf"))
+        total = torch.zeros_like(highest)
+        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+            s, _ = self._logits(tile, block, q, kc)
+            peak = torch.maximum(highest, s.amax(dim=-1, keepdim=True))
+            base = peak.masked_fill(peak == float("-inf"), 0.0)
+            block_total = _exp_(s.sub_(base)).sum(dim=-1, keepdim=True)
+            total = total.mul_(torch.exp(highest - base)).add_(block_total)
+            highest = peak
+        empty = highest == float("-inf")
+        return highest.masked_fill(empty, float("inf")), total.masked_fill(empty, 1.0)
 
     def _logits(
         self, tile: Tile, block: Block, q: torch.Tensor, kc: torch.Tensor

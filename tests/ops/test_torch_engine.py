@@ -78,6 +78,27 @@ def test_default_tiles():
         check(make_problem(features, seqlen_q=600, num_heads=2))
 
 
+def test_gradient_of_lse_where_a_row_sees_nothing():
+    q, k, v = (torch.randn(1, n, 1, 8, requires_grad=True) for n in (6, 4, 4))
+    out, lse = attention(q, k, v, causal=True, return_lse=True)
+    for value in (1.0, float("inf"), float("nan")):
+        dlse = torch.where(lse == float("-inf"), value, 0.5)
+        grads = torch.autograd.grad(lse, (q, k, v), dlse, retain_graph=True)
+        assert all(x.isfinite().all() for x in grads)
+        assert not grads[0][:, :2].any()
+
+
+def test_rows_hidden_by_the_smallest_number(small_tiles):
+    """finfo.min hides a key, but a row of nothing else sees all of them alike, as in eager."""
+    problem = make_problem(seqlen_q=70)
+    hidden = torch.rand(2, 1, 70, 70) < 0.5
+    hidden[:, :, :20] = True
+    bias = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+    problem.mask = MaskArguments(attn_bias=bias)
+    result = check(problem, with_dlse=False)
+    torch.testing.assert_close(result.out[:, :20], problem.v.mean(1, True).expand(-1, 20, -1, -1))
+
+
 VARLEN = [
     (),
     *((feature,) for feature in COMMON),
