@@ -25,18 +25,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class MaskArguments:
-    """Which pairs (query i, key j) see each other, beyond causal and window. Everything is
-    optional.
+    """Which pairs (query i, key j) see each other, beyond causal and window. All is optional.
 
-    With off = seqlen_k - seqlen_q, where seqused_k replaces seqlen_k if given, causal means j <= i
-    + off and a window (left, right) means i + off - left <= j <= i + off + right. All rules hold at
-    once. A query that sees no key gives out 0, lse -inf and no gradient. Tensors live on q's
+    With off = seqlen_k - seqlen_q, where seqused_k replaces seqlen_k if given, causal means
+    j <= i + off, and a window (left, right) means i + off - left <= j <= i + off + right. All rules
+    hold at once. A query that sees no key gives out 0, lse -inf and no gradient. Tensors live on q's
     device; none is read on the host there.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), cumulative lengths from 0 to total; both or
-            neither. Given, the layout is (total, num_heads, head_dim), and only attn_bias's absence
-            is compatible with it.
+            neither. They mean the layout (total, num_heads, head_dim), and no other tensor goes
+            with them.
         max_seqlen_q, max_seqlen_k: longest sequence, or any larger number; needed with cu_seqlens.
         seqused_k: int32 (batch,), keys in use from the start of each row (a static cache); moves
             the alignment.

@@ -1,5 +1,4 @@
-"""Counter-based dropout: whether a pair (query i, key j) is kept is a function of (seed, offset,
-head, i, j) alone.
+"""Counter-based dropout: a pair is kept or not as a function of (seed, offset, head, i, j) alone.
 
 So forward, backward, recomputation, every tile shape and both engines drop the same pairs. One call
 of Philox4x32
@@ -27,8 +26,7 @@ _LOW = 0xFFFFFFFF
 
 
 def new_rng_state(device: torch.device) -> torch.Tensor:
-    """Fresh int64 (2,) = (seed, offset 0) on `device`, drawn from torch's generator there, without
-    a host sync.
+    """Fresh int64 (2,) = (seed, 0) on `device`, from torch's generator there, without a sync.
 
     torch.manual_seed, activation checkpointing and CUDA graphs therefore replay it.
     """

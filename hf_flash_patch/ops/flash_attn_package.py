@@ -23,8 +23,7 @@ def call_package(
     deterministic: bool,
     return_lse: bool,
 ) -> torch.Tensor:
-    """Call flash_attn_func or flash_attn_varlen_func of the installed flash-attn; arguments as in
-    `attention`.
+    """Call the installed flash-attn; arguments as in `attention`.
 
     Raises:
         UnsupportedKernelError: for what the package does not have, or does differently.

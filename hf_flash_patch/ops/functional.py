@@ -40,8 +40,7 @@ def flash_attn_func(
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Output:
-    """Exact attention, softmax(softmax_scale * q k^T + bias) v, with memory linear in the sequence
-    length.
+    """Exact attention, softmax(softmax_scale * q k^T + bias) v, in memory linear in seqlen.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), bf16, fp16, fp32 or fp64; head_dim 1 to 256.
@@ -272,8 +271,7 @@ def attention(
 def _sdpa_causality(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window_size: tuple[int, int]
 ) -> bool | None:
-    """SDPA's is_causal if SDPA says exactly the same, in memory linear in seqlen; None if it does
-    not.
+    """SDPA's is_causal if it says exactly the same in linear memory; None if it does not.
 
     SDPA aligns causal top-left, so only equal lengths agree; its fused kernels want equal head
     dims, no fp64, and on a GPU head_dim in multiples of 8, else it falls back to the quadratic

@@ -1,14 +1,12 @@
-"""The operators `torch.ops.hf_flash_patch.*`: schemas, fake implementations, autograd, and the
-compiled extension.
+"""The operators `torch.ops.hf_flash_patch.*`: schemas, fakes, autograd, the compiled extension.
 
 `attention` is the differentiable operator. It calls one of two engines of equal schema, each a
 forward and a backward: `cuda_*`, compiled, registered by the extension, and `torch_*`, in Python.
-    Schemas live here so that they exist, and
-trace, where the extension does not.
+Schemas live here so that they exist, and trace, where the extension does not.
 
 Conventions: layout (batch, seqlen, num_heads, head_dim), or (total, num_heads, head_dim) with
-    cu_seqlens; lse natural
-log, (batch, num_heads, seqlen_q) or (num_heads, total_q), fp32 (fp64 for fp64 inputs).
+cu_seqlens; lse natural log, (batch, num_heads, seqlen_q) or (num_heads, total_q), fp32 (fp64 for
+fp64 inputs).
 """
 
 from __future__ import annotations

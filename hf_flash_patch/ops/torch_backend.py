@@ -1,5 +1,4 @@
-"""`torch_forward` and `torch_backward`: the torch engine behind the operators' schema, variable
-length included.
+"""`torch_forward` and `torch_backward`: the torch engine behind the operators' schema.
 
 With cu_seqlens on the CPU there is one engine call per sequence, since reading lengths costs
 nothing there. Elsewhere nothing is read on the host: sequences are padded to the longest by a

@@ -1,12 +1,11 @@
-"""The torch engine: exact attention in tiles with online softmax, on any device, memory linear in
-seqlen.
+"""The torch engine: exact attention in tiles with online softmax, in linear memory, on any device.
 
 Products and sums are fp32 for fp32, bf16 and fp16 inputs, fp64 for fp64. Work is cut three ways:
 into chunks of (batch, key head), into tiles of query rows, and into blocks of keys, of which those
 that nobody sees are left out.
 
 Legend: n chunk (batches x key heads), g query heads per key head, i rows of a tile, j keys of a
-    block, d head_dim.
+block, d head_dim.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Who sees whom, for the torch engine: a range of keys per row, and from it the key blocks of a
-tile.
+"""Who sees whom, for the torch engine: a range of keys per row, and from it a tile's key blocks.
 
 The host needs numbers to skip blocks and to leave whole blocks untested. It has all of them for
 tensors on the CPU; elsewhere reading them would synchronise, so there it knows what follows from

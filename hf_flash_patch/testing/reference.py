@@ -1,5 +1,4 @@
-"""The specification: attention as a dense formula, in fp64 unless told otherwise, differentiated by
-autograd.
+"""The specification: attention as a dense formula in fp64, differentiated by autograd.
 
 Everything `attention` promises, written to be read: quadratic memory, loops over sequences, host
 reads. Evaluated in bf16 or fp16 (`dtype`), the same formula is what eager attention computes, and
