@@ -29,8 +29,8 @@ class MaskArguments:
 
     With off = seqlen_k - seqlen_q, where seqused_k replaces seqlen_k if given, causal means
     j <= i + off, and a window (left, right) means i + off - left <= j <= i + off + right. All rules
-    hold at once. A query that sees no key gives out 0, lse -inf and no gradient. Tensors live on q's
-    device; none is read on the host there.
+    hold at once. A query that sees no key gives out 0, lse -inf and no gradient. Tensors live on
+    q's device; none is read on the host there.
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), cumulative lengths from 0 to total; both or

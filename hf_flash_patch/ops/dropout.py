@@ -1,13 +1,11 @@
 """Counter-based dropout: a pair is kept or not as a function of (seed, offset, head, i, j) alone.
 
 So forward, backward, recomputation, every tile shape and both engines drop the same pairs. One call
-of Philox4x32
-serves 16 pairs, a byte each: rows {r, r + 8} and columns {c, c + 1} + {0, 8, 16, 24} of a tile of
-    16 x 32, which is what
-one thread of the compiled kernels holds.
+of Philox4x32 serves 16 pairs, a byte each: rows {r, r + 8} and columns {c, c + 1} + {0, 8, 16, 24}
+of a tile of 16 x 32, which is what one thread of the compiled kernels holds.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC'11); 7 rounds are the fewest
-    that pass BigCrush.
+that pass BigCrush.
 """
 
 from __future__ import annotations

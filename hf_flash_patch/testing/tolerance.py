@@ -1,10 +1,9 @@
 """How far a result may be from the truth. No test states a tolerance of its own.
 
 The truth is the fp64 specification, and the yardstick is the error PyTorch's own formula makes in
-the
-dtype under test: at most twice that, plus one rounding of the result. What is exactly zero in the
-formula (gradients where a row sees one key) leaves a residue of fp32 sums, which `ZERO_RESIDUE`
-covers.
+the dtype under test: at most twice that, plus one rounding of the result. What is exactly zero in
+the formula (gradients where a row sees one key) leaves a residue of fp32 sums, which
+`ZERO_RESIDUE` covers.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def make_problem(
     if "seqused" in features:
         fields["seqused_k"] = _ints(batch, 0, seqlen_k, device)
     if "padding" in features:
-        # Left padding, right padding, and a row of nothing but padding.
+        # A run of real keys per sequence, which may be empty.
         real = torch.zeros(batch, seqlen_k, dtype=torch.bool)
         for b in range(batch):
             start, stop = sorted((random.randint(0, seqlen_k), random.randint(0, seqlen_k)))
