@@ -64,8 +64,9 @@ def test_forward_and_backward_never_wait_for_the_gpu(model, kind):
     inputs = {"input_ids": token_ids().cuda()}
     if mask is not None:
         inputs["attention_mask"] = mask.cuda()
-    # Without a cache and without a mask, transformers itself reads position_ids on the host, to
-    # find packed documents, before it asks anybody for a mask.
+    # Without a mask, transformers itself looks on the host for packed documents (in position_ids,
+    # unless there is a cache) and for forgotten padding (unless there is no padding token).
+    model.config.pad_token_id = None
     use_cache = kind == "none"
     with hfp.patched(model, backend="cuda"):
         for mode in ("default", "error"):  # the first time, libraries initialise
