@@ -63,6 +63,7 @@ class Call:
 
     @property
     def rules(self) -> Rules:
+        """The part that says which pairs see each other."""
         return Rules(
             causal=self.causal,
             window_left=self.window_left,
@@ -116,6 +117,10 @@ class Engine:
             self.bias = self._by_group(call.attn_bias.expand(shape), dim=1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output, (batch, seqlen_q, num_heads, head_dim of v) in q's dtype, and lse.
+
+        lse is (batch, num_heads, seqlen_q), natural logarithm, fp32 (fp64 for fp64 inputs).
+        """
         q = self.q
         out = q.new_zeros((*q.shape[:-1], self.head_dim_v))
         lse = q.new_full(
@@ -176,6 +181,13 @@ class Engine:
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v, in their shapes and dtypes.
+
+        Args:
+            dout: (batch, seqlen_q, num_heads, head_dim of v).
+            dlse: (batch, num_heads, seqlen_q), or None.
+            out, lse: what `forward` returned.
+        """
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in self._inputs)
         dq_by_group = self._by_group(dq, dim=2)  # b i h g d
         for batches, heads in self._chunks():
