@@ -141,11 +141,22 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
                      call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
                                    : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
                      ScalarType::Float);
-  Tensor tile_counter = empty(q, {1}, ScalarType::Int);
-  AttentionParams p;
+  const Dtype dtype = dtype_of(q);
+  DecodeParams p;
   fill(p, q, k, v, out, lse, call);
-  p.tile_counter = static_cast<int*>(tile_counter.data_ptr());
-  forward(p, dtype_of(q), current_stream(q));
+  if (const Decoding d = decoding(p, dtype); d.blocks > 0) {
+    Tensor scratch = empty(q, {d.rows, d.head_dim + 2}, ScalarType::Float);
+    p.blocks = d.blocks;
+    p.shared_bytes = d.shared_bytes;
+    p.partial_out = static_cast<float*>(scratch.data_ptr());
+    p.partial_sums = p.partial_out + d.rows * d.head_dim;
+    p.starts_early = d.starts_early;
+    decode(p, dtype, current_stream(q));
+  } else {
+    Tensor tile_counter = empty(q, {1}, ScalarType::Int);
+    p.tile_counter = static_cast<int*>(tile_counter.data_ptr());
+    forward(p, dtype, current_stream(q));
+  }
   return {out, lse};
 }
 

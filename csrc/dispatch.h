@@ -15,6 +15,16 @@ enum class Dtype { bf16, fp16 };
 void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream);
 void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream);
 
+// Forward of few queries against many keys, where that is what a call is.
+struct Decoding {
+  int blocks = 0;    // DecodeParams::blocks; 0: the call is for forward
+  int64_t rows = 0;  // rows of scratch
+  int head_dim = 0;  // that they are padded to
+  bool starts_early = false;
+};
+Decoding decoding(const AttentionParams& p, Dtype dtype);
+void decode(const DecodeParams& p, Dtype dtype, cudaStream_t stream);
+
 // The head_dim that backward's dQ scratch is padded to.
 int backward_head_dim(const AttentionParams& p, Dtype dtype);
 

@@ -42,6 +42,17 @@ struct ForwardTraits<sm86, 256> {  // 96 KB
   static constexpr int kBlocksPerSM = 1;
 };
 
+// Decode: kWarpsQ x kWarpsK warps share kM * kWarpsQ * 16 rows and kBlockK keys. K and V of a step are 32 KB, less for
+// 32 and 96; a thread block keeps as many steps on their way as its shared memory holds. With many rows a warp has 32
+// where it can, because it reads all its keys from shared memory for them.
+template <int kHeadDim, bool kManyRows>
+struct DecodeTraits {
+  static constexpr int kBlockK = kHeadDim <= 64 ? 128 : kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kM = kManyRows && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kWarpsQ = kManyRows ? 2 : 1;
+  static constexpr int kWarpsK = kManyRows || kHeadDim > 128 ? 2 : 4;
+};
+
 // Eight warps: S and dP are split kWarpsQ x (8 / kWarpsQ) over rows and keys, dK and dV kWarpsK x (8 / kWarpsK) over
 // keys and columns, dQ kWarpsDq x (8 / kWarpsDq) over rows and columns.
 template <int kBlockQ_, int kBlockK_, int kWarps_, int kWarpsQ_, int kWarpsK_, int kWarpsDq_, int kStages_>
