@@ -177,21 +177,9 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
   p.dv = view(dv);
   p.dlse = data_or_null<const float>(dlse);
 
-  const int64_t rows = call.varlen()
-                           ? q.size(0) + int64_t{p.batch} * kScratchTile
-                           : int64_t{p.batch} * ((q.size(1) + kScratchTile - 1) / kScratchTile) * kScratchTile;
-  p.scratch_rows = (rows + kScratchTile - 1) / kScratchTile * kScratchTile;
-  const int64_t all = p.scratch_rows * p.num_heads;
-  Tensor per_row = empty(q, {2, all}, ScalarType::Float);
-  Tensor dq_accum = empty(q, {all, backward_head_dim(p, dtype)}, ScalarType::Float);
-  p.lse_log2 = static_cast<float*>(per_row.data_ptr());
-  p.delta = p.lse_log2 + all;
-  p.dq_accum = static_cast<float*>(dq_accum.data_ptr());
-  OptionalTensor dq_turn;
-  if (deterministic) {
-    dq_turn = empty(q, {all / kSmallestTile}, ScalarType::Int);
-    p.dq_turn = data_or_null<int>(dq_turn);
-  }
+  p.deterministic = deterministic;
+  Tensor scratch = empty(q, {backward(p, dtype, nullptr)}, ScalarType::Byte);
+  p.scratch = scratch.data_ptr();
   backward(p, dtype, current_stream(q));
   return {dq, dk, dv};
 }

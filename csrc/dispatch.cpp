@@ -13,20 +13,20 @@ enum class Arch { sm80, sm86, sm90 };
 enum class Direction { forward, backward };
 
 template <Direction>
-struct ParamsOf {
-  using type = AttentionParams;
+struct RunOf {
+  using type = void(const AttentionParams&, cudaStream_t);
 };
 template <>
-struct ParamsOf<Direction::backward> {
-  using type = BackwardParams;
+struct RunOf<Direction::backward> {
+  using type = int64_t(const BackwardParams&, cudaStream_t);  // see dispatch.h
 };
 template <Direction kDirection>
-using Run = void (*)(const typename ParamsOf<kDirection>::type&, cudaStream_t);
+using Run = typename RunOf<kDirection>::type;
 
 }  // namespace
 
 #define HFP_INSTANCE(arch, direction, dtype, head_dim) \
-  void direction##_##arch##_##dtype##_##head_dim(const ParamsOf<Direction::direction>::type&, cudaStream_t);
+  Run<Direction::direction> direction##_##arch##_##dtype##_##head_dim;
 #include "instances_built.h"
 #undef HFP_INSTANCE
 
@@ -37,13 +37,13 @@ struct Instance {
   Direction direction;
   Dtype dtype;
   int head_dim;
-  Run<Direction::forward> forward;
-  Run<Direction::backward> backward;
+  Run<Direction::forward>* forward;
+  Run<Direction::backward>* backward;
   const char* name;
 };
 
 template <Direction kDirection>
-constexpr Instance instance(Arch arch, Dtype dtype, int head_dim, Run<kDirection> run, const char* name) {
+constexpr Instance instance(Arch arch, Dtype dtype, int head_dim, Run<kDirection>* run, const char* name) {
   if constexpr (kDirection == Direction::forward) {
     return {arch, kDirection, dtype, head_dim, run, nullptr, name};
   } else {
@@ -87,7 +87,13 @@ bool has_tensor_map(const TensorView& t) {
 // Whether an architecture's kernels take these tensors as they lie.
 bool takes(Arch arch, const AttentionParams& p) {
   if (arch != Arch::sm90) return true;
-  return p.rows_q > 0 && p.rows_k > 0 && has_tensor_map(p.q) && has_tensor_map(p.k) && has_tensor_map(p.v);
+  // Results are contiguous: their rows start on 16 bytes too if head_dim is a multiple of 8.
+  return p.head_dim % 8 == 0 && p.rows_q > 0 && p.rows_k > 0 && has_tensor_map(p.q) && has_tensor_map(p.k) &&
+         has_tensor_map(p.v);
+}
+bool takes(Arch arch, const BackwardParams& p) {
+  if (arch != Arch::sm90) return true;
+  return takes(arch, static_cast<const AttentionParams&>(p)) && has_tensor_map(p.dout);
 }
 
 // Preferred architectures of a device, best first. HFP_ARCH names one to force it, for tests.
@@ -110,7 +116,8 @@ bool serves(Arch arch, const Device& d) {
 // the device wins.
 int cost(const Instance& i) { return i.head_dim * (i.arch == Arch::sm90 ? 1 : 2); }
 
-const Instance& find(Direction direction, Dtype dtype, const AttentionParams& p) {
+template <class Params>
+const Instance& find(Direction direction, Dtype dtype, const Params& p) {
   const int head_dim = p.head_dim;
   const Device& device = current_device();
   const Instance* best = nullptr;
@@ -133,11 +140,9 @@ void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   find(Direction::forward, dtype, p).forward(p, stream);
 }
 
-void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
-  find(Direction::backward, dtype, p).backward(p, stream);
+int64_t backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
+  return find(Direction::backward, dtype, p).backward(p, stream);
 }
-
-int backward_head_dim(const AttentionParams& p, Dtype dtype) { return find(Direction::backward, dtype, p).head_dim; }
 
 std::string compiled_instances() {
   std::string all;

@@ -13,10 +13,8 @@ enum class Dtype { bf16, fp16 };
 
 // Run on the current device. Throw std::runtime_error if nothing compiled serves the device or head_dim.
 void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream);
-void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream);
-
-// The head_dim that backward's dQ scratch is padded to.
-int backward_head_dim(const AttentionParams& p, Dtype dtype);
+// Returns the bytes of scratch that it needs; without p.scratch that is all it does.
+int64_t backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream);
 
 // "sm80 forward bf16 64; ..." of everything compiled.
 std::string compiled_instances();

@@ -73,18 +73,18 @@ struct AttentionParams {
 // Backward keeps scratch per row. Each sequence starts on a multiple of this many rows, which every tile height
 // divides, so that no tile holds rows of two sequences.
 constexpr int kScratchTile = 128;
-constexpr int kSmallestTile = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct BackwardParams : AttentionParams {
   TensorView dout, dq, dk, dv;
   const float* dlse = nullptr;  // laid out as lse; may be null
+  bool deterministic = false;
+  void* scratch = nullptr;  // as large as the instance asks for, on 256 bytes; it carves what follows from it
   float* lse_log2 =
-      nullptr;             // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
-  float* delta = nullptr;  // [num_heads, scratch_rows] rowsum(dout * out) - dlse
-  float* dq_accum = nullptr;  // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
-  int* dq_turn = nullptr;     // [num_heads, scratch_rows / kSmallestTile] deterministic only: how many key blocks have
-                              // added to the tile
-  int64_t scratch_rows = 0;   // rows per head over the whole batch
+      nullptr;               // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
+  float* delta = nullptr;    // [num_heads, scratch_rows] rowsum(dout * out) - dlse
+  int64_t scratch_rows = 0;  // rows per head over the whole batch
 };
 
 }  // namespace hfp

@@ -57,7 +57,7 @@ struct Softmax {
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     row_sum[i][h] = sum;
     constexpr float kLn2 = 0.69314718055994531f;
-    return sum > 0.f ? fmaf(row_max[i][h] * scale, kLn2, logf(sum)) : -INFINITY;
+    return sum > 0.f ? kLn2 * fmaf(row_max[i][h], scale, __log2f(sum)) : -INFINITY;
   }
 };
 

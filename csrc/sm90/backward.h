@@ -1,0 +1,521 @@
+// Backward on Hopper. A block of threads owns 128 keys of one key head, 64 a consumer warpgroup, keeps their dK and dV
+// in registers and walks the query tiles that meet them. Everything is computed transposed, keys as rows,
+//   S^T = K Q^T, P^T = exp2(S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta),
+//   dV += P^T dO, dK += dS^T Q, dQ = dS K,
+// so that P^T is the A operand of dV as it lies in registers. dS^T goes through shared memory: dQ needs that of both
+// consumers. dK runs a step behind, so that the tensor cores have it to do while the softmax of the next step waits.
+#pragma once
+
+#include "sm90/backward_parts.h"
+
+namespace hfp::sm90 {
+
+// ptxas-spill-ok(sm9015backward_kernel, 300): the loader, the adder and the converters live in 24 registers
+
+template <class B>
+class Loader {
+ public:
+  __device__ Loader(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
+      : a_(a), bars_(bars), base_(base) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (!work.exists()) continue;
+      QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group);
+      if (!at.valid()) {
+        const uint32_t bar = await_q_empty();
+        bars_->step[q_.index] = {0, 0, B::kNothing};
+        barrier_arrive(bar);
+        q_.next();
+        continue;
+      }
+      const int batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+      const int head0 = work.head_k * a_.p.heads_per_group, query0 = static_cast<int>(work.seq.offset_q);
+      const int key0 = static_cast<int>(work.seq.offset_k) + work.key0();
+      load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
+      bool first = true;
+      do {
+        const int row0 = at.tile * B::kBlockQ, head = head0 + at.head;
+        typename B::Step step{row0, at.head, at.hidden};
+        at.next();
+        if (!at.valid()) step.flags |= B::kLast;
+        const int64_t row_terms = head * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + row0;
+        uint32_t bar = await_q_empty();
+        bars_->step[q_.index] = step;
+        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+        B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, query0 + row0, head, batch);
+        bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + row_terms, B::kBlockQ * 4, bar);
+        q_.next();
+        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
+        first = false;
+        barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
+        bar = smem_address(bars_->do_full + do_.index);
+        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+        B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, query0 + row0, head, batch);
+        bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + row_terms, B::kBlockQ * 4, bar);
+        do_.next();
+      } while (at.valid());
+      keys_parity_ ^= 1;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t await_q_empty() {
+    barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
+    return smem_address(bars_->q_full + q_.index);
+  }
+  __device__ __forceinline__ void load_keys(uint32_t tile, uint64_t* full, uint64_t* empty, const CUtensorMap* map,
+                                            int row, int head, int batch) {
+    barrier_wait(smem_address(empty), keys_parity_);
+    const uint32_t bar = smem_address(full);
+    barrier_expect(bar, B::TileK::kBytes);
+    B::TileK::load(tile, map, bar, row, head, batch);
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  const uint32_t base_;
+  Stage<B::kStagesQ> q_{1};
+  Stage<B::kStagesDo> do_{1};
+  uint32_t keys_parity_ = 1;
+};
+
+// One warpgroup of consumers.
+template <class B>
+class BackwardConsumer {
+  using Element = typename B::Element;
+  using TileQ = typename B::TileQ;
+  using TileK = typename B::TileK;
+  using TileS = typename B::TileS;
+  static constexpr int kNS = B::kBlockQ / 8, kND = B::kHeadDim / 8, kNQ = B::kDqColumns / 8;
+  template <int kN>
+  using Flat = float (&)[4 * kN];
+
+ public:
+  __device__ BackwardConsumer(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
+      : a_(a),
+        bars_(bars),
+        group_(uniform(threadIdx.x / 128) - 1),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        base_(base) {}
+
+  __device__ __forceinline__ void run() {
+#pragma unroll 1
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.next(true)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (!uniform(work.exists())) continue;
+      float dk[kND][4], dv[kND][4];
+#pragma unroll
+      for (int j = 0; j < kND; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dk[j][e] = dv[j][e] = 0.f;
+      pin(reinterpret_cast<Flat<kND>>(dk));
+      pin(reinterpret_cast<Flat<kND>>(dv));
+      typename B::Step step = await_q();
+      if (step.flags & B::kNothing) {
+        release(bars_->q_empty + q_.index);
+        q_.next();
+      } else {
+        if (lane_ < 16) {
+          const int key = 64 * group_ + 16 * warp_ + lane_;
+          const Range seen = work.mask.rows_seeing(work.key0() + key);
+          bars_->seen[key] = make_int2(seen.begin, seen.end);
+        }
+        __syncwarp();
+        walk(work, step, dk, dv);
+      }
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk,
+            dv);  // made anew: it would take ten registers
+    }
+  }
+
+ private:
+  // All query tiles of a block of keys. Whenever a consumer computes, the tensor cores have a product of its own in
+  // work: dQ and dK of the step before under the exponentials, dV under dS. It needs the other's dS for dQ only, and by
+  // then a step has passed, so the two drift apart and fill each other's gaps.
+  __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
+                                       float (&dv)[kND][4]) {
+    uint32_t prob[kNS / 2][4], keep[kNS / 8];
+    {
+      float p[kNS][4];
+      barrier_wait(smem_address(&bars_->k_full), keys_parity_);
+      issue_s(p);
+      wgmma_wait<0>();
+      pin(reinterpret_cast<Flat<kNS>>(p));
+      probabilities(work, step, p, prob, keep);
+      barrier_wait(smem_address(&bars_->v_full), keys_parity_);
+      second_half(work, step, p, prob, keep, dv, [] {});
+      keys_parity_ ^= 1;
+    }
+#pragma unroll 1
+    while (!(step.flags & B::kLast)) {
+      float p[kNS][4];
+      float dq[kNQ][4];
+      const int q_before = q_.index, do_before = do_.index;
+      q_.next();
+      do_.next();
+      step = await_q();
+      issue_s(p);
+      await_ds();
+      issue_dq(dq);
+      issue_dk(dk, q_before);
+      wgmma_wait<2>();  // dV of the step before, S
+      pin(reinterpret_cast<uint32_t (&)[2 * kNS]>(prob));
+      release(bars_->do_empty + do_before);
+      pin(reinterpret_cast<Flat<kNS>>(p));
+      probabilities(work, step, p, prob, keep);
+      wgmma_wait<1>();  // dQ
+      store_dq(dq);
+      second_half(work, step, p, prob, keep, dv, [&] { publish_dq(); });
+      release(bars_->q_empty + q_before);
+    }
+    float dq[kNQ][4];
+    await_ds();
+    issue_dq(dq);
+    issue_dk(dk, q_.index);
+    wgmma_wait<1>();
+    release(&bars_->k_empty);
+    store_dq(dq);
+    publish_dq();
+    wgmma_wait<0>();
+    pin(reinterpret_cast<Flat<kND>>(dk));
+    pin(reinterpret_cast<Flat<kND>>(dv));
+    pin(reinterpret_cast<uint32_t (&)[2 * kNS]>(prob));
+    release(bars_->q_empty + q_.index);
+    release(bars_->do_empty + do_.index);
+    q_.next();
+    do_.next();
+  }
+
+  // From P on: dP, dV, and dS. Waits for everything but dV.
+  template <class Meanwhile>
+  __device__ __forceinline__ void second_half(const KeyBlock<B>& work, const typename B::Step& step,
+                                              const float (&p)[kNS][4], uint32_t (&prob)[kNS / 2][4],
+                                              const uint32_t (&keep)[kNS / 8], float (&dv)[kND][4],
+                                              Meanwhile meanwhile) {
+    float dp[kNS][4];
+    barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
+    issue_dp(dp);
+    issue_dv(dv, prob);
+    meanwhile();
+    wgmma_wait<1>();
+    pin(reinterpret_cast<Flat<kNS>>(dp));
+    if (step.flags & B::kLast) release(&bars_->v_empty);
+    barrier_wait(smem_address(bars_->ds_empty + ds_.index), ds_.parity ^ 1);
+    store_ds(work, step, p, dp, keep);
+    async_fence_shared();
+    release(bars_->ds_full + ds_.index);
+  }
+  // dS of both consumers.
+  __device__ __forceinline__ void await_ds() { barrier_wait(smem_address(bars_->ds_full + ds_.index), ds_.parity); }
+
+  __device__ __forceinline__ typename B::Step await_q() {
+    barrier_wait(smem_address(bars_->q_full + q_.index), q_.parity);
+    const typename B::Step step = bars_->step[q_.index];
+    return {uniform(step.row0), uniform(step.head), static_cast<unsigned>(uniform(step.flags))};
+  }
+  __device__ __forceinline__ void release(uint64_t* bar) {
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(smem_address(bar));
+  }
+
+  // Addresses are made where they are used: kept, they would take more registers, uniform ones too, than there are.
+  __device__ __forceinline__ uint32_t at(int tile, int index = 0, int bytes = 0) const {
+    return sm80::not_hoisted(base_) + tile + index * bytes;
+  }
+
+  __device__ __forceinline__ void issue_s(float (&s)[kNS][4]) {
+    multiply_along(s, at(B::kAtK), at(B::kAtQ, q_.index, TileQ::kBytes));
+  }
+  __device__ __forceinline__ void issue_dp(float (&dp)[kNS][4]) {
+    multiply_along(dp, at(B::kAtV), at(B::kAtDo, do_.index, TileQ::kBytes));
+  }
+  // Keys x queries, over the columns of both.
+  __device__ __forceinline__ void multiply_along(float (&c)[kNS][4], uint32_t tile_k, uint32_t tile_q) {
+    const uint64_t keys = TileK::along(tile_k + group_ * 64 * TileK::kRowBytes), rows = TileQ::along(tile_q);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < B::kHeadDim / 16; ++i) {
+      Wgmma<B::kBlockQ, Element>::template ss<0, 0>(reinterpret_cast<Flat<kNS>>(c), keys + TileK::along_step(i),
+                                                    rows + TileQ::along_step(i), i > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_dv(float (&dv)[kND][4], uint32_t (&prob)[kNS / 2][4]) {
+    const uint64_t dout = TileQ::down(at(B::kAtDo, do_.index, TileQ::kBytes));
+    pin(reinterpret_cast<uint32_t (&)[2 * kNS]>(prob));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < B::kBlockQ / 16; ++i) {
+      Wgmma<B::kHeadDim, Element>::template rs<1>(reinterpret_cast<Flat<kND>>(dv), prob[i], dout + TileQ::down_step(i),
+                                                  1);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_dk(float (&dk)[kND][4], int q_stage) {
+    const uint64_t ds = TileS::along(at(B::kAtDs, ds_.index, TileS::kBytes) + group_ * 64 * TileS::kRowBytes);
+    const uint64_t q = TileQ::down(at(B::kAtQ, q_stage, TileQ::kBytes));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < B::kBlockQ / 16; ++i) {
+      Wgmma<B::kHeadDim, Element>::template ss<0, 1>(reinterpret_cast<Flat<kND>>(dk), ds + TileS::along_step(i),
+                                                     q + TileQ::down_step(i), 1);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_dq(float (&dq)[kNQ][4]) {
+    const uint64_t ds =
+        TileS::down(at(B::kAtDs, ds_.index, TileS::kBytes) + (B::kByRows ? group_ * TileS::kPanelBytes : 0));
+    const int column = B::dq_column(group_);
+    const uint64_t k =
+        TileK::down(at(B::kAtK) + column / TileK::kPanel * TileK::kPanelBytes + column % TileK::kPanel * 2);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < B::kBlockK / 16; ++i) {
+      Wgmma<B::kDqColumns, Element>::template ss<1, 1>(reinterpret_cast<Flat<kNQ>>(dq), ds + TileS::down_step(i),
+                                                       k + TileK::down_step(i), i > 0);
+    }
+    wgmma_commit();
+  }
+
+  // From S^T: P^T in p, for dS, and rounded, without what dropout drops, in prob.
+  __device__ __forceinline__ void probabilities(const KeyBlock<B>& work, const typename B::Step& step,
+                                                float (&p)[kNS][4], uint32_t (&prob)[kNS / 2][4],
+                                                uint32_t (&keep)[kNS / 8]) {
+    const int key = 64 * group_ + 16 * warp_ + lane_ / 4, row = step.row0 + 2 * (lane_ % 4);
+    if constexpr (B::kVariant == Variant::kGeneral) {
+      const LogitBias bias(a_.p, work.seq.batch, head_of(work, step));
+      each(p, [&](float& x, int j, int h, int e) { x = bias.apply(x, distance(work, key, row, j, h, e)); });
+    }
+    if (const unsigned why = step.flags & (kBeforeRange | kPastRange | kByBits)) {
+      const int2 lo = bars_->seen[key], hi = bars_->seen[key + 8];
+      const Range seen[2] = {{lo.x, lo.y}, {hi.x, hi.y}};
+      mask_transposed(why, p, seen, row);
+    }
+    const uint32_t lse = smem_address(bars_->lse[q_.index]) + 8 * (lane_ % 4);
+#pragma unroll
+    for (int j = 0; j < kNS; ++j) {
+      const float2 l = load_shared_float2(lse + 32 * j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) p[j][e] = exp2_approx(fmaf(p[j][e], a_.p.exp2_scale, e % 2 ? -l.y : -l.x));
+    }
+    if (dropping()) {
+      const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + head_of(work, step));
+#pragma unroll
+      for (int i = 0; i < kNS / 2; ++i) {
+        const uint32_t bits =
+            dropout.keep_bits_transposed(step.row0 + 16 * i, work.key0() + key - lane_ / 4, lane_ / 4, lane_ % 4);
+        keep[i / 4] = i % 4 ? keep[i / 4] | bits << (8 * (i % 4)) : bits;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kNS; ++j) {
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] = !dropping() || is_kept(keep, j, e) ? p[j][e] : 0.f;
+      prob[j / 2][j % 2 * 2] = pack<Element>(x[0], x[1]);
+      prob[j / 2][j % 2 * 2 + 1] = pack<Element>(x[2], x[3]);
+    }
+  }
+  __device__ static bool is_kept(const uint32_t (&keep)[kNS / 8], int j, int e) {
+    return keep[j / 8] >> (4 * (j % 8) + e) & 1u;
+  }
+
+  // dS^T = P^T (dP^T - delta), rounded, to shared memory.
+  __device__ __forceinline__ void store_ds(const KeyBlock<B>& work, const typename B::Step& step,
+                                           const float (&p)[kNS][4], const float (&dp)[kNS][4],
+                                           const uint32_t (&keep)[kNS / 8]) {
+    const uint32_t delta = smem_address(bars_->delta[do_.index]) + 8 * (lane_ % 4);
+    const uint32_t to =
+        at(B::kAtDs, ds_.index, TileS::kBytes) + TileS::offset(64 * group_ + 16 * warp_ + lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int i = 0; i < kNS / 2; ++i) {
+      uint32_t x[4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int j = 2 * i + k;
+        const float2 d = load_shared_float2(delta + 32 * j);
+        float ds[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float y = dp[j][e];
+          if (dropping()) y = is_kept(keep, j, e) ? y * a_.p.dropout.rescale : 0.f;
+          ds[e] = p[j][e] * (y - (e % 2 ? d.y : d.x));
+        }
+        if constexpr (B::kVariant == Variant::kGeneral) {
+          const LogitBias bias(a_.p, work.seq.batch, head_of(work, step));
+          const float2 l = load_shared_float2(smem_address(bars_->lse[q_.index]) + 8 * (lane_ % 4) + 32 * j);
+          const int key = 64 * group_ + 16 * warp_ + lane_ / 4, row = step.row0 + 2 * (lane_ % 4);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            ds[e] *= bias.derivative(p[j][e], e % 2 ? l.y : l.x, distance(work, key, row, j, e / 2, e % 2));
+          }
+        }
+        x[2 * k] = pack<Element>(ds[0], ds[1]);
+        x[2 * k + 1] = pack<Element>(ds[2], ds[3]);
+      }
+      store_matrix4(TileS::step(to, 2 * i), x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // Of the step before. Waits until the tile of the one before that has left.
+  __device__ __forceinline__ void store_dq(float (&dq)[kNQ][4]) {
+    pin(reinterpret_cast<Flat<kNQ>>(dq));
+    release(bars_->ds_empty + ds_.index);
+    ds_.next();
+    barrier_wait(smem_address(bars_->dq_empty + group_), dq_parity_ ^ 1);
+    const uint32_t to = at(B::kAtDq) + B::dq_offset(group_) + threadIdx.x % 128 * 16;
+    const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;  // what the first consumer has
+#pragma unroll
+    for (int j = 0; j < kNQ; ++j) {
+      if (j < 4 && skipped) continue;
+      store_shared_float4(to + (j - skipped) * 2048, dq[j]);
+    }
+  }
+  // Tells the adder. Not at once after storing: the fence waits for the stores, the tensor cores would for the fence.
+  __device__ __forceinline__ void publish_dq() {
+    async_fence_shared();
+    release(bars_->dq_full + group_);
+    dq_parity_ ^= 1;
+  }
+
+  __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4]) {
+    const BackwardParams& p = a_.p;
+    const float scale_v = B::kVariant == Variant::kPlain ? 1.f : p.dropout.rescale;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key = work.key0() + 64 * group_ + 16 * warp_ + lane_ / 4 + 8 * h;
+      const bool exists = key < work.seq.stored_k;
+      store_row<Element>(row_pointer<Element>(p.dv, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dv,
+                         h, scale_v, p.head_dim, lane_ % 4);
+      store_row<Element>(row_pointer<Element>(p.dk, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dk,
+                         h, p.softmax_scale, p.head_dim, lane_ % 4);
+    }
+  }
+
+  __device__ bool dropping() const {
+    return B::kVariant == Variant::kDropout || (B::kVariant == Variant::kGeneral && a_.p.dropout.rng_state);
+  }
+  __device__ int head_of(const KeyBlock<B>& work, const typename B::Step& step) const {
+    return work.head_k * a_.p.heads_per_group + step.head;
+  }
+  __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {
+    return row + 8 * j + e + work.mask.shift() - (work.key0() + key + 8 * h);
+  }
+  template <class Change>
+  __device__ static __forceinline__ void each(float (&x)[kNS][4], Change change) {
+#pragma unroll
+    for (int j = 0; j < kNS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) change(x[j][e], j, e / 2, e % 2);
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  const int group_, lane_, warp_;
+  const uint32_t base_;
+  Stage<B::kStagesQ> q_{0};
+  Stage<B::kStagesDo> do_{0};
+  uint32_t keys_parity_ = 0, dq_parity_ = 0;
+  Stage<2> ds_{0};
+};
+
+template <class B>
+__global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ unsigned char shared[];
+  const uint32_t base = (smem_address(shared) + 1023) & ~1023u;
+  auto* bars = reinterpret_cast<typename B::Barriers*>(shared + (base - smem_address(shared)) + B::kTileBytes);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * B::kConsumers;
+    const auto init = [](uint64_t* bar, int arrivals) { barrier_init(smem_address(bar), arrivals); };
+    init(&bars->k_full, 1);
+    init(&bars->v_full, 1);
+    init(&bars->k_empty, kWarps);
+    init(&bars->v_empty, kWarps);
+    for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
+    for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
+    for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
+    for (int i = 0; i < 2; ++i) init(bars->ds_full + i, kWarps), init(bars->ds_empty + i, kWarps);
+    init(&bars->tile_full, 1);
+    init(&bars->tile_empty, kWarps + 2);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
+    give_registers<B::kProducerRegisters>();
+    if (threadIdx.x == 0) Loader<B>(a, bars, base).run();
+    if (threadIdx.x == 32) DqAdder<B>(a, bars, base + B::kAtDq).run();
+  } else {
+    take_registers<B::kConsumerRegisters>();
+    BackwardConsumer<B>(a, bars, base).run();
+  }
+}
+
+template <typename Element, int kHeadDim, Variant kVariant>
+int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
+  using B = Backward<Element, kHeadDim, kVariant>;
+  constexpr bool kBf16 = std::is_same_v<Element, bf16>;
+  BackwardArguments a;
+  a.p = {params};
+  sm80::BackwardArguments& p = a.p;
+  Carver carver(p.scratch);
+  carve_row_terms(p, carver);
+  sm80::carve_dq<B>(p, carver);
+  p.next_item = carver.take<int>(1);
+  if (!p.scratch) return carver.bytes();
+
+  const MaskParams& m = p.mask;
+  a.blocks = (m.seqlen_k + B::kBlockK - 1) / B::kBlockK;
+  const int64_t heads = int64_t{p.batch} * p.num_heads_k, total = a.blocks * heads;
+  const int64_t tiles = int64_t{p.batch} * p.num_heads * ((m.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
+  if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: backward: more than 2^31 - 1 blocks of keys");
+  a.total = static_cast<int>(total);
+  const bool uneven =
+      m.window_left >= 0 || m.window_right >= 0 || m.cu_seqlens_q || m.seqused_k || m.key_range || m.doc_range;
+  // Q, dO and the accumulator of a section stay in the L2 cache.
+  const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
+  const int section = uneven ? section_size(static_cast<int>(heads), head_bytes) : 1;
+  a.section_items = Divisor(section * std::max(a.blocks, 1));
+  a.section_heads = Divisor(section);
+  a.num_heads_k = Divisor(p.num_heads_k);
+
+  const int batch = m.cu_seqlens_q ? 1 : p.batch;
+  a.q = tensor_map(p.q, p.head_dim, p.rows_q, p.num_heads, batch, B::TileQ::kPanel, B::kBlockQ, kBf16);
+  a.dout = tensor_map(p.dout, p.head_dim, p.rows_q, p.num_heads, batch, B::TileQ::kPanel, B::kBlockQ, kBf16);
+  a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);
+  a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);
+  Launch edge{
+      .name = "backward_begin", .blocks = tiles, .threads = sm80::kEdgeThreads, .shared_bytes = 0, .stream = stream};
+  launch<sm80::backward_begin_kernel<B>>(edge, p);
+  launch<backward_kernel<B>>({.name = "backward",
+                              .blocks = std::min(a.total, multiprocessors()),
+                              .threads = B::kThreads,
+                              .shared_bytes = B::kSharedBytes,
+                              .stream = stream},
+                             a);
+  edge.name = "backward_end";
+  launch<backward_end_kernel<B>>(edge, p);
+  return carver.bytes();
+}
+
+template <typename Element, int kHeadDim>
+int64_t run_backward(const BackwardParams& p, cudaStream_t stream) {
+  if (p.is_general()) return launch_backward<Element, kHeadDim, Variant::kGeneral>(p, stream);
+  if (p.dropout.rng_state) return launch_backward<Element, kHeadDim, Variant::kDropout>(p, stream);
+  return launch_backward<Element, kHeadDim, Variant::kPlain>(p, stream);
+}
+
+}  // namespace hfp::sm90
+
+#define HFP_INSTANTIATE(arch, dtype, head_dim)                                                   \
+  namespace hfp {                                                                                \
+  int64_t backward_##arch##_##dtype##_##head_dim(const BackwardParams& p, cudaStream_t stream) { \
+    return sm90::run_backward<sm90::dtype, head_dim>(p, stream);                                 \
+  }                                                                                              \
+  }
