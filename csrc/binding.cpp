@@ -134,17 +134,16 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
                   window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int rows = call.varlen() ? 0 : 1;
-  std::vector<int64_t> size;
-  for (int i = 0; i < q.dim(); ++i) size.push_back(q.size(i));
-  Tensor out = empty(q, size, q.scalar_type());
-  Tensor lse = empty(q,
-                     call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
-                                   : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
-                     ScalarType::Float);
-  Tensor tile_counter = empty(q, {1}, ScalarType::Int);
+  Tensor out = empty(q, q.sizes(), q.scalar_type());
+  const int64_t lse_size[] = {q.size(0), q.size(rows + 1), q.size(rows)};  // variable length has no batch
+  Tensor lse = empty(q, {lse_size + 1 - rows, size_t(2 + rows)}, ScalarType::Float);
   AttentionParams p;
   fill(p, q, k, v, out, lse, call);
-  p.tile_counter = static_cast<int*>(tile_counter.data_ptr());
+  OptionalTensor tile_counter;
+  if (p.mask.uneven()) {
+    tile_counter = empty(q, {1}, ScalarType::Int);
+    p.tile_counter = data_or_null<int>(tile_counter);
+  }
   forward(p, dtype_of(q), current_stream(q));
   return {out, lse};
 }
@@ -160,11 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
                   window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Dtype dtype = dtype_of(q);
-  const auto like = [](const Tensor& t) {
-    std::vector<int64_t> size;
-    for (int i = 0; i < t.dim(); ++i) size.push_back(t.size(i));
-    return empty(t, size, t.scalar_type());
-  };
+  const auto like = [](const Tensor& t) { return empty(t, t.sizes(), t.scalar_type()); };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   if (dout.stride(dout.dim() - 1) != 1) dout = torch::stable::contiguous(dout);
   if (dlse && !dlse->is_contiguous()) dlse = torch::stable::contiguous(*dlse);

@@ -32,6 +32,11 @@ struct MaskParams {
   int seqlen_k = 0;
   int window_left = -1;   // keys to the left of the diagonal; negative: no limit
   int window_right = -1;  // causal is window_right = 0
+
+  // Whether tiles may see different numbers of keys.
+  bool uneven() const {
+    return window_left >= 0 || window_right >= 0 || cu_seqlens_q || seqused_k || key_range || doc_range;
+  }
 };
 
 struct DropoutParams {
@@ -46,7 +51,7 @@ struct AttentionParams {
       nullptr;  // row i of head h of sequence b: b * lse_batch_stride + h * lse_head_stride + i (+ cu_seqlens_q[b])
   int64_t lse_batch_stride = 0;
   int64_t lse_head_stride = 0;
-  int* tile_counter = nullptr;  // [1] scratch of a forward that hands out tiles as blocks become free
+  int* tile_counter = nullptr;  // [1] scratch of a forward that hands out uneven tiles as blocks become free
 
   int64_t rows_q = 0;  // rows of q and of k in memory: seqlen, or the total
   int64_t rows_k = 0;

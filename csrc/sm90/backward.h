@@ -476,11 +476,9 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   const int64_t tiles = int64_t{p.batch} * p.num_heads * ((m.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
   if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: backward: more than 2^31 - 1 blocks of keys");
   a.total = static_cast<int>(total);
-  const bool uneven =
-      m.window_left >= 0 || m.window_right >= 0 || m.cu_seqlens_q || m.seqused_k || m.key_range || m.doc_range;
   // Q, dO and the accumulator of a section stay in the L2 cache.
   const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
-  const int section = uneven ? section_size(static_cast<int>(heads), head_bytes) : 1;
+  const int section = m.uneven() ? section_size(static_cast<int>(heads), head_bytes) : 1;
   a.section_items = Divisor(section * std::max(a.blocks, 1));
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);
