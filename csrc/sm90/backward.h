@@ -10,7 +10,7 @@
 
 namespace hfp::sm90 {
 
-// ptxas-spill-ok(sm9015backward_kernel, 300): the loader, the adder and the converters live in 24 registers
+// ptxas-spill-ok(sm9015backward_kernel, 600): the loader and the adder live in 24 registers
 
 template <class B>
 class Loader {
@@ -133,52 +133,58 @@ class BackwardConsumer {
   }
 
  private:
-  // All query tiles of a block of keys. Whenever a consumer computes, the tensor cores have a product of its own in
-  // work: dQ and dK of the step before under the exponentials, dV under dS. It needs the other's dS for dQ only, and by
-  // then a step has passed, so the two drift apart and fill each other's gaps.
+  // All query tiles of a block of keys. Between two products that the tensor cores still work on stands what can be
+  // done meanwhile; a wait for all but n is for the oldest.
   __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
                                        float (&dv)[kND][4]) {
     uint32_t prob[kNS / 2][4], keep[kNS / 8];
     {
-      float p[kNS][4];
+      float p[kNS][4], dp[kNS][4];
       barrier_wait(smem_address(&bars_->k_full), keys_parity_);
       issue_s(p);
-      wgmma_wait<0>();
+      barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
+      barrier_wait(smem_address(&bars_->v_full), keys_parity_);
+      issue_dp(dp);
+      keys_parity_ ^= 1;
+      wgmma_wait<1>();  // S
       pin(reinterpret_cast<Flat<kNS>>(p));
       probabilities(work, step, p, prob, keep);
-      barrier_wait(smem_address(&bars_->v_full), keys_parity_);
-      second_half(work, step, p, prob, keep, dv, [] {});
-      keys_parity_ ^= 1;
+      wgmma_wait<0>();  // dP
+      finish_step(work, step, p, dp, prob, keep, dv, [] {});
     }
 #pragma unroll 1
     while (!(step.flags & B::kLast)) {
-      float p[kNS][4];
-      float dq[kNQ][4];
+      float p[kNS][4], dp[kNS][4];
       const int q_before = q_.index, do_before = do_.index;
       q_.next();
       do_.next();
       step = await_q();
+      const auto release_do = [&] {
+        pin(reinterpret_cast<uint32_t (&)[2 * kNS]>(prob));
+        release(bars_->do_empty + do_before);
+      };
+      if constexpr (!B::kOverlapsDv) {
+        wgmma_wait<0>();  // dV of the step before
+        release_do();
+      }
       issue_s(p);
-      await_ds();
-      issue_dq(dq);
+      barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
+      issue_dp(dp);
       issue_dk(dk, q_before);
-      wgmma_wait<2>();  // dV of the step before, S
-      pin(reinterpret_cast<uint32_t (&)[2 * kNS]>(prob));
-      release(bars_->do_empty + do_before);
+      publish_dq();
+      wgmma_wait<2>();  // S, and with it dV
+      if constexpr (B::kOverlapsDv) release_do();
       pin(reinterpret_cast<Flat<kNS>>(p));
       probabilities(work, step, p, prob, keep);
-      wgmma_wait<1>();  // dQ
-      store_dq(dq);
-      second_half(work, step, p, prob, keep, dv, [&] { publish_dq(); });
-      release(bars_->q_empty + q_before);
+      wgmma_wait<1>();  // dP
+      ds_buffer_ ^= 1;
+      finish_step(work, step, p, dp, prob, keep, dv, [&] {
+        wgmma_wait<2>();  // dK of the step before
+        release(bars_->q_empty + q_before);
+      });
     }
-    float dq[kNQ][4];
-    await_ds();
-    issue_dq(dq);
-    issue_dk(dk, q_.index);
-    wgmma_wait<1>();
     release(&bars_->k_empty);
-    store_dq(dq);
+    issue_dk(dk, q_.index);
     publish_dq();
     wgmma_wait<0>();
     pin(reinterpret_cast<Flat<kND>>(dk));
@@ -188,29 +194,28 @@ class BackwardConsumer {
     release(bars_->do_empty + do_.index);
     q_.next();
     do_.next();
+    ds_buffer_ ^= 1;
   }
 
-  // From P on: dP, dV, and dS. Waits for everything but dV.
-  template <class Meanwhile>
-  __device__ __forceinline__ void second_half(const KeyBlock<B>& work, const typename B::Step& step,
-                                              const float (&p)[kNS][4], uint32_t (&prob)[kNS / 2][4],
-                                              const uint32_t (&keep)[kNS / 8], float (&dv)[kND][4],
-                                              Meanwhile meanwhile) {
-    float dp[kNS][4];
-    barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
-    issue_dp(dp);
-    issue_dv(dv, prob);
-    meanwhile();
-    wgmma_wait<1>();
+  // From dP on. Leaves dV to be waited for.
+  template <class AfterDk>
+  __device__ __forceinline__ void finish_step(const KeyBlock<B>& work, const typename B::Step& step,
+                                              const float (&p)[kNS][4], float (&dp)[kNS][4],
+                                              uint32_t (&prob)[kNS / 2][4], const uint32_t (&keep)[kNS / 8],
+                                              float (&dv)[kND][4], AfterDk after_dk) {
     pin(reinterpret_cast<Flat<kNS>>(dp));
-    if (step.flags & B::kLast) release(&bars_->v_empty);
-    barrier_wait(smem_address(bars_->ds_empty + ds_.index), ds_.parity ^ 1);
     store_ds(work, step, p, dp, keep);
+    if (step.flags & B::kLast) release(&bars_->v_empty);
     async_fence_shared();
-    release(bars_->ds_full + ds_.index);
+    named_sync(1, 128 * B::kConsumers);  // dS of both consumers is there
+    float dq[kNQ][4];
+    issue_dq(dq);
+    issue_dv(dv, prob);
+    after_dk();
+    wgmma_wait<1>();
+    pin(reinterpret_cast<Flat<kNQ>>(dq));
+    store_dq(dq);
   }
-  // dS of both consumers.
-  __device__ __forceinline__ void await_ds() { barrier_wait(smem_address(bars_->ds_full + ds_.index), ds_.parity); }
 
   __device__ __forceinline__ typename B::Step await_q() {
     barrier_wait(smem_address(bars_->q_full + q_.index), q_.parity);
@@ -258,7 +263,7 @@ class BackwardConsumer {
   }
 
   __device__ __forceinline__ void issue_dk(float (&dk)[kND][4], int q_stage) {
-    const uint64_t ds = TileS::along(at(B::kAtDs, ds_.index, TileS::kBytes) + group_ * 64 * TileS::kRowBytes);
+    const uint64_t ds = TileS::along(at(B::kAtDs, ds_buffer_, TileS::kBytes) + group_ * 64 * TileS::kRowBytes);
     const uint64_t q = TileQ::down(at(B::kAtQ, q_stage, TileQ::kBytes));
     wgmma_fence();
 #pragma unroll
@@ -271,7 +276,7 @@ class BackwardConsumer {
 
   __device__ __forceinline__ void issue_dq(float (&dq)[kNQ][4]) {
     const uint64_t ds =
-        TileS::down(at(B::kAtDs, ds_.index, TileS::kBytes) + (B::kByRows ? group_ * TileS::kPanelBytes : 0));
+        TileS::down(at(B::kAtDs, ds_buffer_, TileS::kBytes) + (B::kByRows ? group_ * TileS::kPanelBytes : 0));
     const int column = B::dq_column(group_);
     const uint64_t k =
         TileK::down(at(B::kAtK) + column / TileK::kPanel * TileK::kPanelBytes + column % TileK::kPanel * 2);
@@ -333,7 +338,7 @@ class BackwardConsumer {
                                            const uint32_t (&keep)[kNS / 8]) {
     const uint32_t delta = smem_address(bars_->delta[do_.index]) + 8 * (lane_ % 4);
     const uint32_t to =
-        at(B::kAtDs, ds_.index, TileS::kBytes) + TileS::offset(64 * group_ + 16 * warp_ + lane_ % 16, lane_ / 16);
+        at(B::kAtDs, ds_buffer_, TileS::kBytes) + TileS::offset(64 * group_ + 16 * warp_ + lane_ % 16, lane_ / 16);
 #pragma unroll
     for (int i = 0; i < kNS / 2; ++i) {
       uint32_t x[4];
@@ -364,11 +369,8 @@ class BackwardConsumer {
     }
   }
 
-  // Of the step before. Waits until the tile of the one before that has left.
-  __device__ __forceinline__ void store_dq(float (&dq)[kNQ][4]) {
-    pin(reinterpret_cast<Flat<kNQ>>(dq));
-    release(bars_->ds_empty + ds_.index);
-    ds_.next();
+  // Waits until the tile of the step before has left.
+  __device__ __forceinline__ void store_dq(const float (&dq)[kNQ][4]) {
     barrier_wait(smem_address(bars_->dq_empty + group_), dq_parity_ ^ 1);
     const uint32_t to = at(B::kAtDq) + B::dq_offset(group_) + threadIdx.x % 128 * 16;
     const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;  // what the first consumer has
@@ -423,7 +425,7 @@ class BackwardConsumer {
   Stage<B::kStagesQ> q_{0};
   Stage<B::kStagesDo> do_{0};
   uint32_t keys_parity_ = 0, dq_parity_ = 0;
-  Stage<2> ds_{0};
+  int ds_buffer_ = 0;
 };
 
 template <class B>
@@ -441,7 +443,6 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
-    for (int i = 0; i < 2; ++i) init(bars->ds_full + i, kWarps), init(bars->ds_empty + i, kWarps);
     init(&bars->tile_full, 1);
     init(&bars->tile_empty, kWarps + 2);
     barrier_init_fence();

@@ -23,8 +23,11 @@ struct Backward {
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kBlockK = 64 * kConsumers;
-  static constexpr int kBlockQ = kHeadDim <= 32 ? 128 : 64;  // registers: dK, dV, S, dP and P leave no more
-  static constexpr int kStagesQ = 3;                         // Q is read until dK, which runs a step behind
+  // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
+  // S of the next is asked for, and the tile's logits are plain.
+  static constexpr int kBlockQ = kHeadDim <= 32 || (kHeadDim == 64 && kVariant != Variant::kGeneral) ? 128 : 64;
+  static constexpr bool kOverlapsDv = kHeadDim != 64 || kBlockQ == 64;
+  static constexpr int kStagesQ = 3;  // Q is read until dK, which runs a step behind
   static constexpr int kStagesDo = 2;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
@@ -56,7 +59,7 @@ struct Backward {
     int2 seen[kBlockK];  // rows that see each key
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
-    uint64_t ds_full[2], ds_empty[2], dq_full[kConsumers], dq_empty[kConsumers];
+    uint64_t dq_full[kConsumers], dq_empty[kConsumers];
     uint64_t tile_full, tile_empty;
     Step step[kStagesQ];
     int tile;
