@@ -173,7 +173,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
   p.dlse = data_or_null<const float>(dlse);
 
   p.deterministic = deterministic;
-  Tensor scratch = empty(q, {backward(p, dtype, nullptr)}, ScalarType::Byte);
+  // At least a byte: an empty tensor has no address, which would ask for the size once more.
+  Tensor scratch = empty(q, {std::max<int64_t>(backward(p, dtype, nullptr), 1)}, ScalarType::Byte);
   p.scratch = scratch.data_ptr();
   backward(p, dtype, current_stream(q));
   return {dq, dk, dv};

@@ -10,7 +10,7 @@
 
 namespace hfp::sm90 {
 
-// ptxas-spill-ok(sm9015backward_kernel, 600): the loader and the adder live in 24 registers
+// ptxas-spill-ok(sm9015backward_kernel, 900): the loader and the adder live in 24 registers
 
 template <class B>
 class Loader {
@@ -34,7 +34,6 @@ class Loader {
       const int batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
       const int head0 = work.head_k * a_.p.heads_per_group, query0 = static_cast<int>(work.seq.offset_q);
       const int key0 = static_cast<int>(work.seq.offset_k) + work.key0();
-      load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
       bool first = true;
       do {
         const int row0 = at.tile * B::kBlockQ, head = head0 + at.head;
@@ -48,14 +47,15 @@ class Loader {
         B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, query0 + row0, head, batch);
         bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + row_terms, B::kBlockQ * 4, bar);
         q_.next();
-        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
-        first = false;
+        if (first) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
         barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
         bar = smem_address(bars_->do_full + do_.index);
         barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
         B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, query0 + row0, head, batch);
         bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + row_terms, B::kBlockQ * 4, bar);
         do_.next();
+        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
+        first = false;
       } while (at.valid());
       keys_parity_ ^= 1;
     }
@@ -115,7 +115,8 @@ class BackwardConsumer {
       pin(reinterpret_cast<Flat<kND>>(dk));
       pin(reinterpret_cast<Flat<kND>>(dv));
       typename B::Step step = await_q();
-      if (step.flags & B::kNothing) {
+      const bool had_keys = !(step.flags & B::kNothing);
+      if (!had_keys) {
         release(bars_->q_empty + q_.index);
         q_.next();
       } else {
@@ -127,8 +128,8 @@ class BackwardConsumer {
         __syncwarp();
         walk(work, step, dk, dv);
       }
-      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk,
-            dv);  // made anew: it would take ten registers
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv,
+            had_keys);  // made anew: it would take ten registers
     }
   }
 
@@ -183,7 +184,6 @@ class BackwardConsumer {
         release(bars_->q_empty + q_before);
       });
     }
-    release(&bars_->k_empty);
     issue_dk(dk, q_.index);
     publish_dq();
     wgmma_wait<0>();
@@ -205,7 +205,6 @@ class BackwardConsumer {
                                               float (&dv)[kND][4], AfterDk after_dk) {
     pin(reinterpret_cast<Flat<kNS>>(dp));
     store_ds(work, step, p, dp, keep);
-    if (step.flags & B::kLast) release(&bars_->v_empty);
     async_fence_shared();
     named_sync(1, 128 * B::kConsumers);  // dS of both consumers is there
     float dq[kNQ][4];
@@ -387,17 +386,55 @@ class BackwardConsumer {
     dq_parity_ ^= 1;
   }
 
-  __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4]) {
+  // Through the tiles of K and V, which nobody reads any more, and the copy engine; straight to memory if the last rows
+  // are not this sequence's.
+  __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4],
+                                        bool had_keys) {
     const BackwardParams& p = a_.p;
     const float scale_v = B::kVariant == Variant::kPlain ? 1.f : p.dropout.rescale;
+    const int key0 = work.key0() + 64 * group_;
+    if (had_keys) named_sync(1, 128 * B::kConsumers);  // dQ reads all of K
+    if (had_keys && key0 + 64 <= work.seq.stored_k) {
+      const int tile = group_ * 64 * TileK::kRowBytes;
+      store_tile(at(B::kAtV) + tile, dv, scale_v);
+      store_tile(at(B::kAtK) + tile, dk, p.softmax_scale);
+      async_fence_shared();
+      named_sync(2 + group_, 128);
+      if (threadIdx.x % 128 == 0) {
+        const int row = static_cast<int>(work.seq.offset_k) + key0, batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int key = work.key0() + 64 * group_ + 16 * warp_ + lane_ / 4 + 8 * h;
-      const bool exists = key < work.seq.stored_k;
-      store_row<Element>(row_pointer<Element>(p.dv, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dv,
-                         h, scale_v, p.head_dim, lane_ % 4);
-      store_row<Element>(row_pointer<Element>(p.dk, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dk,
-                         h, p.softmax_scale, p.head_dim, lane_ % 4);
+        for (int i = 0; i < TileK::kPanels; ++i) {
+          const int from = tile + i * TileK::kPanelBytes, col = i * TileK::kPanel;
+          tma_store(&a_.dv, at(B::kAtV) + from, col, row, work.head_k, batch);
+          tma_store(&a_.dk, at(B::kAtK) + from, col, row, work.head_k, batch);
+        }
+        bulk_commit();
+        bulk_wait_read<0>();
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int key = key0 + 16 * warp_ + lane_ / 4 + 8 * h;
+        const bool exists = key < work.seq.stored_k;
+        store_row<Element>(row_pointer<Element>(p.dv, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dv,
+                           h, scale_v, p.head_dim, lane_ % 4);
+        store_row<Element>(row_pointer<Element>(p.dk, work.seq.batch, work.seq.offset_k + key, work.head_k), exists, dk,
+                           h, p.softmax_scale, p.head_dim, lane_ % 4);
+      }
+    }
+    if (had_keys && threadIdx.x % 128 == 0) {
+      barrier_arrive(smem_address(&bars_->k_empty));
+      barrier_arrive(smem_address(&bars_->v_empty));
+    }
+  }
+  __device__ __forceinline__ void store_tile(uint32_t to, const float (&x)[kND][4], float scale) {
+    to += TileK::offset(16 * warp_ + lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int j = 0; j < kND; j += 2) {
+      store_matrix4(TileK::step(to, j), pack<Element>(x[j][0] * scale, x[j][1] * scale),
+                    pack<Element>(x[j][2] * scale, x[j][3] * scale),
+                    pack<Element>(x[j + 1][0] * scale, x[j + 1][1] * scale),
+                    pack<Element>(x[j + 1][2] * scale, x[j + 1][3] * scale));
     }
   }
 
@@ -438,8 +475,8 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     const auto init = [](uint64_t* bar, int arrivals) { barrier_init(smem_address(bar), arrivals); };
     init(&bars->k_full, 1);
     init(&bars->v_full, 1);
-    init(&bars->k_empty, kWarps);
-    init(&bars->v_empty, kWarps);
+    init(&bars->k_empty, B::kConsumers);
+    init(&bars->v_empty, B::kConsumers);
     for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
@@ -489,6 +526,8 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.dout = tensor_map(p.dout, p.head_dim, p.rows_q, p.num_heads, batch, B::TileQ::kPanel, B::kBlockQ, kBf16);
   a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);
   a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);
+  a.dk = tensor_map(p.dk, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, 64, kBf16);
+  a.dv = tensor_map(p.dv, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, 64, kBf16);
   Launch edge{
       .name = "backward_begin", .blocks = tiles, .threads = sm80::kEdgeThreads, .shared_bytes = 0, .stream = stream};
   launch<sm80::backward_begin_kernel<B>>(edge, p);

@@ -76,7 +76,7 @@ struct Backward {
 };
 
 struct BackwardArguments {
-  CUtensorMap q, dout, k, v;
+  CUtensorMap q, dout, k, v, dk, dv;
   sm80::BackwardArguments p;
   int blocks;             // of keys
   int total;              // of all key heads and sequences

@@ -16,7 +16,7 @@
 namespace hfp::sm90 {
 
 // What spills: per tile, its description; per block, in the general variant, the numbers of softcap and ALiBi.
-// ptxas-spill-ok(sm9014forward_kernel, 300): nothing that a product waits for
+// ptxas-spill-ok(sm9014forward_kernel, 500): nothing that a product waits for
 
 template <int kHeadDim, Variant kVariant>
 struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32

@@ -66,6 +66,11 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, u
       "l"(map), "r"(bar), "r"(col), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t src, int col, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(src), "r"(col), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
