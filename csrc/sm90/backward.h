@@ -12,76 +12,6 @@ namespace hfp::sm90 {
 
 // ptxas-spill-ok(sm9015backward_kernel, 900): the loader and the adder live in 24 registers
 
-template <class B>
-class Loader {
- public:
-  __device__ Loader(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
-      : a_(a), bars_(bars), base_(base) {}
-
-  __device__ void run() {
-#pragma unroll 1
-    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
-      const KeyBlock<B> work(a_, queue.tile());
-      if (!work.exists()) continue;
-      QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group);
-      if (!at.valid()) {
-        const uint32_t bar = await_q_empty();
-        bars_->step[q_.index] = {0, 0, B::kNothing};
-        barrier_arrive(bar);
-        q_.next();
-        continue;
-      }
-      const int batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-      const int head0 = work.head_k * a_.p.heads_per_group, query0 = static_cast<int>(work.seq.offset_q);
-      const int key0 = static_cast<int>(work.seq.offset_k) + work.key0();
-      bool first = true;
-      do {
-        const int row0 = at.tile * B::kBlockQ, head = head0 + at.head;
-        typename B::Step step{row0, at.head, at.hidden};
-        at.next();
-        if (!at.valid()) step.flags |= B::kLast;
-        const int64_t row_terms = head * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + row0;
-        uint32_t bar = await_q_empty();
-        bars_->step[q_.index] = step;
-        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-        B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, query0 + row0, head, batch);
-        bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + row_terms, B::kBlockQ * 4, bar);
-        q_.next();
-        if (first) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
-        barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
-        bar = smem_address(bars_->do_full + do_.index);
-        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-        B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, query0 + row0, head, batch);
-        bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + row_terms, B::kBlockQ * 4, bar);
-        do_.next();
-        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
-        first = false;
-      } while (at.valid());
-      keys_parity_ ^= 1;
-    }
-  }
-
- private:
-  __device__ __forceinline__ uint32_t await_q_empty() {
-    barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
-    return smem_address(bars_->q_full + q_.index);
-  }
-  __device__ __forceinline__ void load_keys(uint32_t tile, uint64_t* full, uint64_t* empty, const CUtensorMap* map,
-                                            int row, int head, int batch) {
-    barrier_wait(smem_address(empty), keys_parity_);
-    const uint32_t bar = smem_address(full);
-    barrier_expect(bar, B::TileK::kBytes);
-    B::TileK::load(tile, map, bar, row, head, batch);
-  }
-
-  const BackwardArguments& a_;
-  typename B::Barriers* bars_;
-  const uint32_t base_;
-  Stage<B::kStagesQ> q_{1};
-  Stage<B::kStagesDo> do_{1};
-  uint32_t keys_parity_ = 1;
-};
-
 // One warpgroup of consumers.
 template <class B>
 class BackwardConsumer {
@@ -128,14 +58,14 @@ class BackwardConsumer {
         __syncwarp();
         walk(work, step, dk, dv);
       }
-      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv,
-            had_keys);  // made anew: it would take ten registers
+      // The block of keys is made anew: kept, it would take ten registers.
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv, had_keys);
     }
   }
 
  private:
-  // All query tiles of a block of keys. Between two products that the tensor cores still work on stands what can be
-  // done meanwhile; a wait for all but n is for the oldest.
+  // All query tiles of a block of keys. What is written between a product and the wait for it is done while the tensor
+  // cores work; a wait for all but n products is one for the oldest.
   __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
                                        float (&dv)[kND][4]) {
     uint32_t prob[kNS / 2][4], keep[kNS / 8];

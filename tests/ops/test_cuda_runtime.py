@@ -179,7 +179,7 @@ def host_us(call: Callable[[], object]) -> float:
 
 
 def test_host_cost():
-    """To notice one more layer of Python: processes differ, the slowest seen took 40 us for the op."""
+    """To notice one more layer of Python: the slowest process seen took 40 us for the op."""
     q, k, v = torch.randn(3, 1, 128, 2, 64, dtype=BF16, device="cuda")
     arguments = (None, None, 128, 128, *[None] * 6, 0.125, True, -1, -1, 0.0, 0.0)
     op = torch.ops.hf_flash_patch.cuda_forward
