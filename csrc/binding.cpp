@@ -134,29 +134,24 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
                   window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int rows = call.varlen() ? 0 : 1;
-  std::vector<int64_t> size;
-  for (int i = 0; i < q.dim(); ++i) size.push_back(q.size(i));
-  Tensor out = empty(q, size, q.scalar_type());
-  Tensor lse = empty(q,
-                     call.varlen() ? std::vector<int64_t>{q.size(rows + 1), q.size(rows)}
-                                   : std::vector<int64_t>{q.size(0), q.size(rows + 1), q.size(rows)},
-                     ScalarType::Float);
   const Dtype dtype = dtype_of(q);
+  Tensor out = empty(q, q.sizes(), q.scalar_type());
+  const int64_t lse_size[] = {q.size(0), q.size(rows + 1), q.size(rows)};  // variable length has no batch
+  Tensor lse = empty(q, {lse_size + 1 - rows, size_t(2 + rows)}, ScalarType::Float);
   DecodeParams p;
   fill(p, q, k, v, out, lse, call);
-  if (const Decoding d = decoding(p, dtype); d.blocks > 0) {
-    Tensor scratch = empty(q, {d.rows, d.head_dim + 2}, ScalarType::Float);
-    p.blocks = d.blocks;
-    p.shared_bytes = d.shared_bytes;
-    p.partial_out = static_cast<float*>(scratch.data_ptr());
-    p.partial_sums = p.partial_out + d.rows * d.head_dim;
-    p.starts_early = d.starts_early;
+  OptionalTensor scratch;
+  if (const int64_t bytes = decode(p, dtype, nullptr)) {
+    scratch = empty(q, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->data_ptr();
     decode(p, dtype, current_stream(q));
-  } else {
-    Tensor tile_counter = empty(q, {1}, ScalarType::Int);
-    p.tile_counter = static_cast<int*>(tile_counter.data_ptr());
-    forward(p, dtype, current_stream(q));
+    return {out, lse};
   }
+  if (p.mask.uneven()) {
+    scratch = empty(q, {1}, ScalarType::Int);
+    p.tile_counter = data_or_null<int>(scratch);
+  }
+  forward(p, dtype, current_stream(q));
   return {out, lse};
 }
 
@@ -171,11 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
                   window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Dtype dtype = dtype_of(q);
-  const auto like = [](const Tensor& t) {
-    std::vector<int64_t> size;
-    for (int i = 0; i < t.dim(); ++i) size.push_back(t.size(i));
-    return empty(t, size, t.scalar_type());
-  };
+  const auto like = [](const Tensor& t) { return empty(t, t.sizes(), t.scalar_type()); };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   if (dout.stride(dout.dim() - 1) != 1) dout = torch::stable::contiguous(dout);
   if (dlse && !dlse->is_contiguous()) dlse = torch::stable::contiguous(*dlse);
@@ -188,21 +179,10 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
   p.dv = view(dv);
   p.dlse = data_or_null<const float>(dlse);
 
-  const int64_t rows = call.varlen()
-                           ? q.size(0) + int64_t{p.batch} * kScratchTile
-                           : int64_t{p.batch} * ((q.size(1) + kScratchTile - 1) / kScratchTile) * kScratchTile;
-  p.scratch_rows = (rows + kScratchTile - 1) / kScratchTile * kScratchTile;
-  const int64_t all = p.scratch_rows * p.num_heads;
-  Tensor per_row = empty(q, {2, all}, ScalarType::Float);
-  Tensor dq_accum = empty(q, {all, backward_head_dim(p, dtype)}, ScalarType::Float);
-  p.lse_log2 = static_cast<float*>(per_row.data_ptr());
-  p.delta = p.lse_log2 + all;
-  p.dq_accum = static_cast<float*>(dq_accum.data_ptr());
-  OptionalTensor dq_turn;
-  if (deterministic) {
-    dq_turn = empty(q, {all / kSmallestTile}, ScalarType::Int);
-    p.dq_turn = data_or_null<int>(dq_turn);
-  }
+  p.deterministic = deterministic;
+  // At least a byte: an empty tensor has no address, which would ask for the size once more.
+  Tensor scratch = empty(q, {std::max<int64_t>(backward(p, dtype, nullptr), 1)}, ScalarType::Byte);
+  p.scratch = scratch.data_ptr();
   backward(p, dtype, current_stream(q));
   return {dq, dk, dv};
 }

@@ -14,24 +14,24 @@ enum class Arch { sm80, sm86, sm90 };
 enum class Direction { forward, decode, backward };
 
 template <Direction>
-struct ParamsOf {
-  using type = AttentionParams;
+struct RunOf {
+  using type = void(const AttentionParams&, cudaStream_t);
 };
 template <>
-struct ParamsOf<Direction::decode> {
-  using type = DecodeParams;
+struct RunOf<Direction::decode> {
+  using type = int64_t(const DecodeParams&, cudaStream_t);  // see dispatch.h
 };
 template <>
-struct ParamsOf<Direction::backward> {
-  using type = BackwardParams;
+struct RunOf<Direction::backward> {
+  using type = int64_t(const BackwardParams&, cudaStream_t);  // see dispatch.h
 };
 template <Direction kDirection>
-using Run = void (*)(const typename ParamsOf<kDirection>::type&, cudaStream_t);
+using Run = typename RunOf<kDirection>::type;
 
 }  // namespace
 
 #define HFP_INSTANCE(arch, direction, dtype, head_dim) \
-  void direction##_##arch##_##dtype##_##head_dim(const ParamsOf<Direction::direction>::type&, cudaStream_t);
+  Run<Direction::direction> direction##_##arch##_##dtype##_##head_dim;
 #include "instances_built.h"
 #undef HFP_INSTANCE
 
@@ -42,14 +42,14 @@ struct Instance {
   Direction direction;
   Dtype dtype;
   int head_dim;
-  Run<Direction::forward> forward;
-  Run<Direction::decode> decode;
-  Run<Direction::backward> backward;
+  Run<Direction::forward>* forward;
+  Run<Direction::decode>* decode;
+  Run<Direction::backward>* backward;
   const char* name;
 };
 
 template <Direction kDirection>
-constexpr Instance instance(Arch arch, Dtype dtype, int head_dim, Run<kDirection> run, const char* name) {
+constexpr Instance instance(Arch arch, Dtype dtype, int head_dim, Run<kDirection>* run, const char* name) {
   if constexpr (kDirection == Direction::forward) {
     return {arch, kDirection, dtype, head_dim, run, nullptr, nullptr, name};
   } else if constexpr (kDirection == Direction::decode) {
@@ -97,7 +97,13 @@ bool has_tensor_map(const TensorView& t) {
 // Whether an architecture's kernels take these tensors as they lie.
 bool takes(Arch arch, const AttentionParams& p) {
   if (arch != Arch::sm90) return true;
-  return p.rows_q > 0 && p.rows_k > 0 && has_tensor_map(p.q) && has_tensor_map(p.k) && has_tensor_map(p.v);
+  // Results are contiguous: their rows start on 16 bytes too if head_dim is a multiple of 8.
+  return p.head_dim % 8 == 0 && p.rows_q > 0 && p.rows_k > 0 && has_tensor_map(p.q) && has_tensor_map(p.k) &&
+         has_tensor_map(p.v);
+}
+bool takes(Arch arch, const BackwardParams& p) {
+  if (arch != Arch::sm90) return true;
+  return takes(arch, static_cast<const AttentionParams&>(p)) && has_tensor_map(p.dout);
 }
 
 // Preferred architectures of a device, best first. HFP_ARCH names one to force it, for tests.
@@ -121,7 +127,8 @@ bool serves(Arch arch, const Device& d) {
 int cost(const Instance& i) { return i.head_dim * (i.arch == Arch::sm90 ? 1 : 2); }
 
 // Null if nothing compiled serves the call.
-const Instance* look_up(Direction direction, Dtype dtype, const AttentionParams& p) {
+template <class Params>
+const Instance* look_up(Direction direction, Dtype dtype, const Params& p) {
   const int head_dim = p.head_dim;
   const Device& device = current_device();
   const Instance* best = nullptr;
@@ -133,7 +140,8 @@ const Instance* look_up(Direction direction, Dtype dtype, const AttentionParams&
   return best;
 }
 
-const Instance& find(Direction direction, Dtype dtype, const AttentionParams& p) {
+template <class Params>
+const Instance& find(Direction direction, Dtype dtype, const Params& p) {
   if (const Instance* found = look_up(direction, dtype, p)) return *found;
   const Device& device = current_device();
   throw std::runtime_error(
@@ -143,44 +151,42 @@ const Instance& find(Direction direction, Dtype dtype, const AttentionParams& p)
       "; compiled are: " + compiled_instances() + ". Use backend=\"torch\" or rebuild with that instance.");
 }
 
+// Null if the call is for forward.
+const Instance* decoder(const DecodeParams& p, Dtype dtype) {
+  const MaskParams& m = p.mask;
+  if (m.seqlen_q > kDecodeRows || m.seqlen_k < 256 || p.dropout.rng_state) return nullptr;
+  if (!p.few_rows()) {
+    // Measured: forward takes as long for its tiles on each multiprocessor as decode for 0.7 of its own.
+    const int64_t all = current_device().multiprocessors;
+    const int64_t tiles = int64_t{p.batch} * p.num_heads_k * ((p.packed_rows() + kDecodeRows - 1) / kDecodeRows);
+    if (m.seqlen_k < 1024 || tiles > 0.7 * all * ((int64_t{p.batch} * p.num_heads + all - 1) / all)) return nullptr;
+  }
+  return look_up(Direction::decode, dtype, p);
+}
+
 }  // namespace
 
 void forward(const AttentionParams& p, Dtype dtype, cudaStream_t stream) {
   find(Direction::forward, dtype, p).forward(p, stream);
 }
 
-Decoding decoding(const AttentionParams& p, Dtype dtype) {
-  const MaskParams& m = p.mask;
-  const Instance* found = look_up(Direction::decode, dtype, p);
-  if (!found || p.dropout.rng_state || m.seqlen_q > kDecodeRows || m.seqlen_k < 256) return {};
+int64_t decode(const DecodeParams& params, Dtype dtype, cudaStream_t stream) {
+  const Instance* found = decoder(params, dtype);
+  if (!found) return 0;
   const Device& device = current_device();
-  const int64_t rows = int64_t{m.seqlen_q} * p.heads_per_group;
-  const bool few = rows <= kDecodeFewRows;
-  if (!few) {
-    // Measured: forward takes as long for its tiles on each multiprocessor as decode for 0.7 of its own.
-    const int64_t all = device.multiprocessors,
-                  tiles = p.batch * p.num_heads_k * ((rows + kDecodeRows - 1) / kDecodeRows);
-    if (m.seqlen_k < 1024 || tiles > 0.7 * all * ((int64_t{p.batch} * p.num_heads + all - 1) / all)) return {};
-  }
+  DecodeParams p = params;
   constexpr int kReserved = 1024;  // of a block, by CUDA
-  const int per_multiprocessor = !few && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
-  const int blocks = device.multiprocessors * per_multiprocessor;
-  return {.blocks = blocks,
-          .shared_bytes = (device.shared_bytes + kReserved) / per_multiprocessor - kReserved,
-          .rows = 2 * blocks * std::min<int64_t>(rows, kDecodeRows),
-          .head_dim = found->head_dim,
-          .starts_early = device.capability >= 90};
+  const int per_multiprocessor =
+      !p.few_rows() && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
+  p.blocks = device.multiprocessors * per_multiprocessor;
+  p.shared_bytes = (device.shared_bytes + kReserved) / per_multiprocessor - kReserved;
+  p.starts_early = device.capability >= 90;
+  return found->decode(p, stream);
 }
 
-void decode(const DecodeParams& p, Dtype dtype, cudaStream_t stream) {
-  find(Direction::decode, dtype, p).decode(p, stream);
+int64_t backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
+  return find(Direction::backward, dtype, p).backward(p, stream);
 }
-
-void backward(const BackwardParams& p, Dtype dtype, cudaStream_t stream) {
-  find(Direction::backward, dtype, p).backward(p, stream);
-}
-
-int backward_head_dim(const AttentionParams& p, Dtype dtype) { return find(Direction::backward, dtype, p).head_dim; }
 
 std::string compiled_instances() {
   std::string all;

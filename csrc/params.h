@@ -32,6 +32,11 @@ struct MaskParams {
   int seqlen_k = 0;
   int window_left = -1;   // keys to the left of the diagonal; negative: no limit
   int window_right = -1;  // causal is window_right = 0
+
+  // Whether tiles may see different numbers of keys.
+  bool uneven() const {
+    return window_left >= 0 || window_right >= 0 || cu_seqlens_q || seqused_k || key_range || doc_range;
+  }
 };
 
 struct DropoutParams {
@@ -46,7 +51,7 @@ struct AttentionParams {
       nullptr;  // row i of head h of sequence b: b * lse_batch_stride + h * lse_head_stride + i (+ cu_seqlens_q[b])
   int64_t lse_batch_stride = 0;
   int64_t lse_head_stride = 0;
-  int* tile_counter = nullptr;  // [1] scratch of a forward that hands out tiles as blocks become free
+  int* tile_counter = nullptr;  // [1] scratch of a forward that hands out uneven tiles as blocks become free
 
   int64_t rows_q = 0;  // rows of q and of k in memory: seqlen, or the total
   int64_t rows_k = 0;
@@ -73,18 +78,18 @@ struct AttentionParams {
 // Backward keeps scratch per row. Each sequence starts on a multiple of this many rows, which every tile height
 // divides, so that no tile holds rows of two sequences.
 constexpr int kScratchTile = 128;
-constexpr int kSmallestTile = 32;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 struct BackwardParams : AttentionParams {
   TensorView dout, dq, dk, dv;
   const float* dlse = nullptr;  // laid out as lse; may be null
+  bool deterministic = false;
+  void* scratch = nullptr;  // as large as the instance asks for, on 256 bytes; it carves what follows from it
   float* lse_log2 =
-      nullptr;             // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
-  float* delta = nullptr;  // [num_heads, scratch_rows] rowsum(dout * out) - dlse
-  float* dq_accum = nullptr;  // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
-  int* dq_turn = nullptr;     // [num_heads, scratch_rows / kSmallestTile] deterministic only: how many key blocks have
-                              // added to the tile
-  int64_t scratch_rows = 0;   // rows per head over the whole batch
+      nullptr;               // [num_heads, scratch_rows] lse in base 2; +inf where a row sees nothing or does not exist
+  float* delta = nullptr;    // [num_heads, scratch_rows] rowsum(dout * out) - dlse
+  int64_t scratch_rows = 0;  // rows per head over the whole batch
 };
 
 // Rows of a tile of decode at most, and where they are few: the shape of its thread blocks depends on it.
@@ -93,13 +98,18 @@ constexpr int kDecodeFewRows = 16;
 constexpr int kDecodeBytes = 82 * 1024;  // shared memory that every shape can do with
 
 struct DecodeParams : AttentionParams {
-  int blocks = 0;        // thread blocks, no more than run at once
-  int shared_bytes = 0;  // that each of them may have
+  int blocks = 0;             // thread blocks, no more than run at once
+  int shared_bytes = 0;       // that each of them may have
+  bool starts_early = false;  // whether the second kernel may start before the first has ended
+  void* scratch = nullptr;    // as large as the instance asks for, on 256 bytes; it carves what follows from it
   // Of the first and the last tile of each thread block, which may be incomplete: [2 * blocks, packed rows of a tile,
   // ...]
   float* partial_out = nullptr;   // [..., padded head_dim] sums of 2^(logit - top) v
   float* partial_sums = nullptr;  // [..., 2] top, sum of 2^(logit - top), in base 2
-  bool starts_early = false;      // whether the second kernel may start before the first has ended
+
+  // Rows of the query heads that share a key head.
+  int64_t packed_rows() const { return int64_t{mask.seqlen_q} * heads_per_group; }
+  bool few_rows() const { return packed_rows() <= kDecodeFewRows; }
 };
 
 }  // namespace hfp

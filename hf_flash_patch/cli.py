@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from functools import partial
 
+from .bench import command as bench
 from .env import environment
 
 
 def _env(arguments: argparse.Namespace) -> int:
     print(environment())
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        bench.run(arguments, partial(print, flush=True))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"hfp bench: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -26,5 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     text = "versions, GPUs, compiled head dims, what is missing and how to get it"
     commands.add_parser("env", help=text, description=text).set_defaults(run=_env)
+    parser_of_bench = commands.add_parser(
+        "bench", help=bench.DESCRIPTION, description=bench.DESCRIPTION, epilog=bench.EPILOG
+    )
+    bench.add_arguments(parser_of_bench)
+    parser_of_bench.set_defaults(run=_bench)
     chosen = parser.parse_args(arguments)
     return chosen.run(chosen)

@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "integration": {"errors", "families", "ops"},
     "patch": {"errors", "families", "integration", "ops", "report"},
     "testing": {"errors", "ops"},
+    "bench": {"env", "errors", "ops", "testing"},
     "env": {"__init__", "ops"},
-    "cli": {"env"},
+    "cli": {"bench", "env"},
     "__main__": {"cli"},
     "__init__": {"errors", "integration", "ops", "patch"},
 }

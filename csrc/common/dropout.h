@@ -54,6 +54,27 @@ class Dropout {
     return bits;
   }
 
+  // Keep bits of a transposed accumulator's 16 keys by 16 rows at (row, key), both multiples of 16: bit 4 * j + 2 * h +
+  // e is key lane_row + 8 * h, row 2 * lane_col + 8 * j + e. The even and the odd row of a thread are two calls; the
+  // lane that holds the neighbouring key needs the same two, so each makes one and they trade. For whole warps.
+  __device__ uint32_t keep_bits_transposed(int row, int key, int lane_row, int lane_col) const {
+    const bool odd = lane_row & 1;
+    const uint4 r =
+        philox7(make_uint4(key / 32 * 4 + lane_row / 2, row / 16 * 8 + 2 * lane_col + odd, head_, offset_), key_);
+    const bool upper = key & 16;
+    const uint32_t even_word = upper ? r.z : r.x, odd_word = upper ? r.w : r.y;
+    const uint32_t own = odd ? odd_word : even_word;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_word : odd_word, 4);
+    const uint32_t word[2] = {odd ? other : own, odd ? own : other};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t byte = word[i % 2] >> (8 * (i / 2)) & 0xffu;
+      bits |= (byte < keep_ ? 1u : 0u) << i;
+    }
+    return bits;
+  }
+
  private:
   uint2 key_{};
   uint32_t offset_ = 0;

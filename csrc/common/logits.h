@@ -79,6 +79,26 @@ __device__ __forceinline__ void mask_elements(const M& mask, unsigned why, float
   }
 }
 
+// The same on a transposed accumulator, 16 keys by 8 rows a [j]: this thread's keys g and g + 8 are seen by the rows
+// `seen`, its first element belongs to row `row`.
+template <int kN>
+__device__ __forceinline__ void mask_transposed(unsigned why, float (&s)[kN][4], const Range (&seen)[2], int row) {
+  const auto hide_where = [&](auto hidden) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int begin = seen[h].begin - row, end = seen[h].end - row;
+#pragma unroll
+      for (int j = 0; j < kN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (hidden(8 * j + e, begin, end)) s[j][2 * h + e] = -INFINITY;
+        }
+    }
+  };
+  if (why & kPastRange) hide_where([](int r, int begin, int) { return r < begin; });
+  if (why & (kBeforeRange | kByBits)) hide_where([](int r, int, int end) { return r >= end; });
+}
+
 // Softcap and ALiBi on every element.
 template <int kM, int kN>
 __device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[kM][kN][4], int row, int col,

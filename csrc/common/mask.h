@@ -110,6 +110,21 @@ class Mask {
     return rows;
   }
 
+  // Rows that see key j, bits included: row_limits from the other side, for accumulators that hold keys as rows. Where
+  // nobody does, every row is both before the range and past it.
+  __device__ Range rows_seeing(int j) const {
+    constexpr int kFar = 1 << 30;
+    if (j < keys_.begin || j >= keys_.end || (bits_ && !(key_word(j & ~31) >> (j & 31) & 1u))) return {kFar, -kFar};
+    Range rows{0, rows_};
+    if (p_->window_right >= 0) rows.begin = max(rows.begin, j - shift_ - p_->window_right);
+    if (p_->window_left >= 0) rows.end = min(rows.end, j - shift_ + p_->window_left + 1);
+    if (docs_) {
+      rows.begin = max(rows.begin, docs_[2 * j]);
+      rows.end = min(rows.end, docs_[2 * j + 1]);
+    }
+    return rows;
+  }
+
   // Bits of keys [begin, begin + 32), begin a multiple of 32, where there are bits.
   __device__ uint32_t key_word(int begin) const { return begin < p_->seqlen_k ? bits_[begin / 32] : 0u; }
 

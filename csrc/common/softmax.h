@@ -62,7 +62,7 @@ struct Softmax {
   __device__ float finish(int i, int h, float scale) {
     const float sum = complete(i, h);
     constexpr float kLn2 = 0.69314718055994531f;
-    return sum > 0.f ? fmaf(row_max[i][h] * scale, kLn2, logf(sum)) : -INFINITY;
+    return sum > 0.f ? kLn2 * fmaf(row_max[i][h], scale, __log2f(sum)) : -INFINITY;
   }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/logits.h"
+#include "common/query_tiles.h"
 #include "launch.h"
 #include "sm80/backward_edges.h"
 #include "sm80/tile.h"
@@ -23,7 +24,7 @@ struct Backward {
   static constexpr int kStages = Traits::kStages;
   static constexpr int kWarps = Traits::kWarps;
   static constexpr int kThreads = kWarps * 32;
-  static_assert(kScratchTile % kBlockQ == 0 && kBlockQ >= kSmallestTile);
+  static_assert(kScratchTile % kBlockQ == 0);
 
   // How the warps share each product: kWarps* along the first dimension, the rest along the second.
   static constexpr int kWarpsQ = Traits::kWarpsQ, kWarpsKeys = kWarps / kWarpsQ;    // S, dP: rows x keys
@@ -39,54 +40,6 @@ struct Backward {
   static constexpr int kSharedBytes = 2 * TileK::kBytes + 2 * kStages * TileQ::kBytes + 2 * TileS::kBytes;
 };
 
-// The query tiles that meet a block of keys, head by head of its group.
-template <class B>
-class QueryTiles {
- public:
-  __device__ QueryTiles(const Mask& mask, const Sequence& seq, int block, int heads, bool all_rows)
-      : mask_(mask), block_(block), heads_(heads) {
-    Range rows = mask.rows_meeting(block * B::kBlockK, (block + 1) * B::kBlockK);
-    if (all_rows) rows = {0, seq.seqlen_q};
-    first_ = rows.begin / B::kBlockQ;
-    end_ = rows.empty() ? first_ : (rows.end + B::kBlockQ - 1) / B::kBlockQ;
-    tile = first_;
-    if (first_ >= end_) head = heads_;
-    settle();
-  }
-  __device__ bool valid() const { return head < heads_; }
-  __device__ void next() {
-    ++tile;
-    settle();
-  }
-
-  int tile = 0;
-  int head = 0;     // in its group
-  int turn;         // how many key blocks before this one meet the tile
-  unsigned hidden;  // why some pair of the two may be, see Mask::hidden
-
- private:
-  // Goes on to the next tile that meets the block. What the kernel wants to know of it is kept instead of its span,
-  // which would hold registers for a whole step.
-  __device__ void settle() {
-    for (;;) {
-      if (tile >= end_) {
-        tile = first_;
-        ++head;
-      }
-      if (head >= heads_) return;
-      const TileSpan span = mask_.tile_span(tile * B::kBlockQ, (tile + 1) * B::kBlockQ);
-      const BlockCursor cursor = mask_.template key_blocks<B::kBlockK>(span);
-      turn = block_ - cursor.first;
-      hidden = mask_.template hidden<B::kBlockK>(span, block_);
-      if (turn >= 0 && block_ <= cursor.block) return;
-      ++tile;
-    }
-  }
-
-  const Mask& mask_;
-  int block_, heads_, first_, end_;
-};
-
 // Of rows g and g + 8 of each 16, from a vector over the rows.
 template <int kM>
 __device__ __forceinline__ void load_per_row(float (&x)[kM][2], const float* from) {
@@ -98,7 +51,7 @@ __device__ __forceinline__ void load_per_row(float (&x)[kM][2], const float* fro
 }
 
 template <class B>
-__global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments p) {
   using Element = typename B::Element;
   using TileQ = typename B::TileQ;
   using TileK = typename B::TileK;
@@ -119,7 +72,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   if (key0 >= seq.stored_k) return;
   const Mask mask(p.mask, seq);
   const bool ordered = p.dq_turn != nullptr;
-  QueryTiles<B> at(mask, seq, block, p.heads_per_group, ordered);
+  QueryTiles<B> at(mask, block, p.heads_per_group);
 
   using LoaderQ = RowLoader<TileQ, B::kThreads, Element>;
   using LoaderK = RowLoader<TileK, B::kThreads, Element>;
@@ -292,8 +245,13 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 }
 
 template <class Arch, typename Element, int kHeadDim, Variant kVariant>
-void launch_backward(const BackwardParams& p, cudaStream_t stream) {
+int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   using B = Backward<Arch, Element, kHeadDim, kVariant>;
+  BackwardArguments p{params};
+  Carver carver(p.scratch);
+  carve_row_terms(p, carver);
+  carve_dq<B>(p, carver);
+  if (!p.scratch) return carver.bytes();
   const int64_t tiles = (p.mask.seqlen_q + B::kBlockQ - 1) / B::kBlockQ * int64_t{p.num_heads} * p.batch;
   const int64_t blocks = (p.mask.seqlen_k + B::kBlockK - 1) / B::kBlockK * int64_t{p.num_heads_k} * p.batch;
   launch<backward_begin_kernel<B>>(
@@ -307,20 +265,21 @@ void launch_backward(const BackwardParams& p, cudaStream_t stream) {
                                   .shared_bytes = B::TileQ::kBytes,
                                   .stream = stream},
                                  p);
+  return carver.bytes();
 }
 
 template <class Arch, typename Element, int kHeadDim>
-void run_backward(const BackwardParams& p, cudaStream_t stream) {
+int64_t run_backward(const BackwardParams& p, cudaStream_t stream) {
   if (p.is_general()) return launch_backward<Arch, Element, kHeadDim, Variant::kGeneral>(p, stream);
   if (p.dropout.rng_state) return launch_backward<Arch, Element, kHeadDim, Variant::kDropout>(p, stream);
-  launch_backward<Arch, Element, kHeadDim, Variant::kPlain>(p, stream);
+  return launch_backward<Arch, Element, kHeadDim, Variant::kPlain>(p, stream);
 }
 
 }  // namespace hfp::sm80
 
-#define HFP_INSTANTIATE(arch, dtype, head_dim)                                                \
-  namespace hfp {                                                                             \
-  void backward_##arch##_##dtype##_##head_dim(const BackwardParams& p, cudaStream_t stream) { \
-    sm80::run_backward<sm80::arch, sm80::dtype, head_dim>(p, stream);                         \
-  }                                                                                           \
+#define HFP_INSTANTIATE(arch, dtype, head_dim)                                                   \
+  namespace hfp {                                                                                \
+  int64_t backward_##arch##_##dtype##_##head_dim(const BackwardParams& p, cudaStream_t stream) { \
+    return sm80::run_backward<sm80::arch, sm80::dtype, head_dim>(p, stream);                     \
+  }                                                                                              \
   }

@@ -3,11 +3,19 @@
 #pragma once
 
 #include "common/mask.h"
+#include "common/scratch.h"
 #include "sm80/tile.h"
 
 namespace hfp::sm80 {
 
 constexpr int kEdgeThreads = 256;
+
+struct BackwardArguments : BackwardParams {
+  float* dq_accum = nullptr;  // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
+  int* dq_turn = nullptr;     // [num_heads, scratch_rows / kBlockQ] deterministic only: how many key blocks have added
+                              // to the tile
+  int* next_item = nullptr;   // [1] of a main kernel that hands out its work
+};
 
 // One tile of rows of one head: which, and whether it exists.
 template <class B>
@@ -21,27 +29,34 @@ struct RowTile {
   }
 };
 
-// delta = rowsum(dout * out) - dlse, lse in base 2, and a zeroed tile of dQ.
+// Carves dQ's accumulator, and what orders the additions to it.
 template <class B>
-__global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __grid_constant__ BackwardParams p) {
+void carve_dq(BackwardArguments& p, Carver& carver) {
+  p.dq_accum = carver.take<float>(p.scratch_rows * p.num_heads * B::kHeadDim);
+  if (p.deterministic) p.dq_turn = carver.take<int>(p.scratch_rows * p.num_heads / B::kBlockQ);
+}
+
+// lse in base 2 and delta = rowsum(dout * out) - dlse of a tile, by kEdgeThreads threads. A row that sees nothing has
+// no gradient, whatever its dlse.
+template <class B>
+__device__ __forceinline__ void write_row_terms(const BackwardParams& p, const RowTile<B>& at, const Sequence& seq,
+                                                int64_t scratch) {
   using Element = typename B::Element;
   constexpr int kLanes = B::kHeadDim <= 32    ? 4
                          : B::kHeadDim <= 64  ? 8
                          : B::kHeadDim <= 128 ? 16
                                               : 32;  // 8 columns each
-  const RowTile<B> at(p);
-  const Sequence seq(p.mask, at.batch);
+  constexpr float kLog2e = 1.4426950408889634f;
   const int row0 = at.tile * B::kBlockQ;
-  if (row0 >= seq.seqlen_q) return;
-  const int64_t scratch = at.head * p.scratch_rows + seq.scratch_row(p.mask) + row0;
   const Element* out = row_pointer<Element>(p.out, at.batch, seq.offset_q, at.head);
   const Element* dout = row_pointer<Element>(p.dout, at.batch, seq.offset_q, at.head);
   const int64_t lse0 = at.batch * p.lse_batch_stride + at.head * p.lse_head_stride + seq.offset_q;
   const int col = threadIdx.x % kLanes * 8;
   const bool vector = p.out.aligned && p.dout.aligned && col + 8 <= p.head_dim;
 
-  for (int r = threadIdx.x / kLanes; r < B::kBlockQ; r += kEdgeThreads / kLanes) {
-    const int row = row0 + r;
+#pragma unroll
+  for (int i = 0; i < B::kBlockQ * kLanes / kEdgeThreads; ++i) {
+    const int r = threadIdx.x / kLanes + i * (kEdgeThreads / kLanes), row = row0 + r;
     float sum = 0.f;
     if (row < seq.seqlen_q) {
       const Element* a = out + row * p.out.row_stride + col;
@@ -50,8 +65,8 @@ __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __gr
         const uint4 x = *reinterpret_cast<const uint4*>(a), y = *reinterpret_cast<const uint4*>(b);
         const uint32_t u[4] = {x.x, x.y, x.z, x.w}, v[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 f = unpack<Element>(u[i]), g = unpack<Element>(v[i]);
+        for (int k = 0; k < 4; ++k) {
+          const float2 f = unpack<Element>(u[k]), g = unpack<Element>(v[k]);
           sum = fmaf(f.x, g.x, fmaf(f.y, g.y, sum));
         }
       } else {
@@ -62,13 +77,24 @@ __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __gr
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (threadIdx.x % kLanes == 0) {
-      constexpr float kLog2e = 1.4426950408889634f;
       const float lse = row < seq.seqlen_q ? p.lse[lse0 + row] : -INFINITY;
-      const float dlse = p.dlse && row < seq.seqlen_q ? p.dlse[lse0 + row] : 0.f;
-      p.lse_log2[scratch + r] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-      p.delta[scratch + r] = sum - dlse;
+      const bool sees = lse != -INFINITY;
+      p.lse_log2[scratch + r] = sees ? lse * kLog2e : INFINITY;
+      p.delta[scratch + r] = sees ? sum - (p.dlse ? p.dlse[lse0 + row] : 0.f) : 0.f;
     }
   }
+}
+
+// What the main kernel reads: the row terms, and a zeroed tile of dQ.
+template <class B>
+__global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __grid_constant__ BackwardArguments p) {
+  if (p.next_item && blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
+  const RowTile<B> at(p);
+  const Sequence seq(p.mask, at.batch);
+  const int row0 = at.tile * B::kBlockQ;
+  if (row0 >= seq.seqlen_q) return;
+  const int64_t scratch = at.head * p.scratch_rows + seq.scratch_row(p.mask) + row0;
+  write_row_terms<B>(p, at, seq, scratch);
   float4* accum = reinterpret_cast<float4*>(p.dq_accum + scratch * B::kHeadDim);
   for (int i = threadIdx.x; i < B::kBlockQ * B::kHeadDim / 4; i += kEdgeThreads)
     accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -87,7 +113,7 @@ __device__ __forceinline__ void add_dq(float* accum, const float (&dq)[B::kMQ][B
 
 // dQ = accumulated * softmax_scale, rounded, in its place.
 template <class B>
-__global__ void __launch_bounds__(B::kThreads) backward_end_kernel(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(B::kThreads) backward_end_kernel(const __grid_constant__ BackwardArguments p) {
   using Element = typename B::Element;
   using TileQ = typename B::TileQ;
   extern __shared__ __align__(128) unsigned char shared[];

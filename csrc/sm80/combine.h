@@ -35,8 +35,9 @@ struct Partial {
 };
 
 // The place of row `row` of a thread block's first or last tile in scratch.
-__device__ __forceinline__ int64_t scratch_row(const DecodeParams& p, int block, bool last, int row) {
-  return (2 * int64_t{block} + last) * min(p.mask.seqlen_q * p.heads_per_group, kDecodeRows) + row;
+__host__ __device__ __forceinline__ int64_t scratch_row(const DecodeParams& p, int block, bool last, int row) {
+  const int rows = p.mask.seqlen_q * p.heads_per_group;  // packed, of a tile
+  return (2 * int64_t{block} + last) * (rows < kDecodeRows ? rows : kDecodeRows) + row;
 }
 
 // Columns [col, col + 4) of a finished row and, from whoever has column 0, its lse.

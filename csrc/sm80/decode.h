@@ -7,6 +7,7 @@
 
 #include "common/logits.h"
 #include "common/packed.h"
+#include "common/scratch.h"
 #include "common/softmax.h"
 #include "launch.h"
 #include "sm80/combine.h"
@@ -227,42 +228,48 @@ __global__ void __launch_bounds__(D::kThreads, 2)
 }
 
 template <class D>
-void launch_decode(const DecodeParams& p, cudaStream_t stream) {
-  if (p.batch == 0 || p.mask.seqlen_q == 0) return;
-  const DecodeArguments a(p, D::kRows);
+int64_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
+  if (params.batch == 0 || params.mask.seqlen_q == 0) return 0;
+  DecodeArguments a(params, D::kRows);
+  DecodeParams& p = a.p;
+  Carver carver(p.scratch);
+  const int64_t rows = scratch_row(p, p.blocks, false, 0);
+  p.partial_out = carver.take<float>(rows * D::kHeadDim);
+  p.partial_sums = carver.take<float>(rows * 2);
+  if (!p.scratch) return carver.bytes();
   const int stages = std::min((p.shared_bytes - D::TileQ::kBytes) / D::kStageBytes, D::kMaxStages);
   launch<decode_kernel<D>>({.name = "decode",
-                            .blocks = a.p.blocks,
+                            .blocks = p.blocks,
                             .threads = D::kThreads,
                             .shared_bytes = D::shared_bytes(stages),
                             .stream = stream},
                            a, stages);
   using C = typename D::Combiner;
   launch<combine_kernel<C>>({.name = "combine",
-                             .blocks = a.p.blocks,
+                             .blocks = p.blocks,
                              .threads = Combine<C>::kThreads,
                              .shared_bytes = 0,
                              .stream = stream,
                              .starts_early = p.starts_early},
                             a);
+  return carver.bytes();
 }
 
 template <typename Element, int kHeadDim>
-void run_decode(const DecodeParams& p, cudaStream_t stream) {
-  const bool many = p.mask.seqlen_q * p.heads_per_group > kDecodeFewRows;
+int64_t run_decode(const DecodeParams& p, cudaStream_t stream) {
   if (p.is_general()) {
-    if (many) return launch_decode<Decode<Element, kHeadDim, true, Variant::kGeneral>>(p, stream);
-    return launch_decode<Decode<Element, kHeadDim, false, Variant::kGeneral>>(p, stream);
+    if (p.few_rows()) return launch_decode<Decode<Element, kHeadDim, false, Variant::kGeneral>>(p, stream);
+    return launch_decode<Decode<Element, kHeadDim, true, Variant::kGeneral>>(p, stream);
   }
-  if (many) return launch_decode<Decode<Element, kHeadDim, true, Variant::kPlain>>(p, stream);
-  launch_decode<Decode<Element, kHeadDim, false, Variant::kPlain>>(p, stream);
+  if (p.few_rows()) return launch_decode<Decode<Element, kHeadDim, false, Variant::kPlain>>(p, stream);
+  return launch_decode<Decode<Element, kHeadDim, true, Variant::kPlain>>(p, stream);
 }
 
 }  // namespace hfp::sm80
 
-#define HFP_INSTANTIATE(arch, dtype, head_dim)                                            \
-  namespace hfp {                                                                         \
-  void decode_##arch##_##dtype##_##head_dim(const DecodeParams& p, cudaStream_t stream) { \
-    sm80::run_decode<sm80::dtype, head_dim>(p, stream);                                   \
-  }                                                                                       \
+#define HFP_INSTANTIATE(arch, dtype, head_dim)                                               \
+  namespace hfp {                                                                            \
+  int64_t decode_##arch##_##dtype##_##head_dim(const DecodeParams& p, cudaStream_t stream) { \
+    return sm80::run_decode<sm80::dtype, head_dim>(p, stream);                               \
+  }                                                                                          \
   }

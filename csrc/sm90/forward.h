@@ -5,23 +5,18 @@
 // (ping-pong).
 #pragma once
 
-#include <algorithm>
-
 #include "common/logits.h"
 #include "common/softmax.h"
 #include "launch.h"
 #include "sm90/schedule.h"
+#include "sm90/store.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tile.h"
 
 namespace hfp::sm90 {
 
-struct sm90 {};
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
-
 // What spills: per tile, its description; per block, in the general variant, the numbers of softcap and ALiBi.
-// ptxas-spill-ok(sm9014forward_kernel, 300): nothing that a product waits for
+// ptxas-spill-ok(sm9014forward_kernel, 500): nothing that a product waits for
 
 template <int kHeadDim, Variant kVariant>
 struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32
@@ -57,6 +52,11 @@ struct Forward : ForwardTraits<kHeadDim_, kVariant_> {
 };
 
 template <class F>
+__device__ TileQueue<typename F::Barriers> tiles_of(const ForwardArguments& a, typename F::Barriers* bars) {
+  return {a.p.tile_counter, a.total, bars};
+}
+
+template <class F>
 __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q,
                                         uint32_t tile_k, uint32_t tile_v) {
   using TileQ = typename F::TileQ;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     stage.next();
   };
 #pragma unroll 1
-  for (TileQueue<F> queue(a, bars); queue.valid(); queue.next(false)) {
+  for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.next(false)) {
     const Work<F> work(a, queue.tile());
     if (!work.cursor.valid()) continue;
     const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
@@ -113,7 +113,7 @@ class Consumer {
                       uint32_t tile_v)
       : a_(a),
         bars_(bars),
-        group_(threadIdx.x / 128 - 1),
+        group_(uniform(threadIdx.x / 128) - 1),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         desc_q_(TileQ::along(tile_q + group_ * TileQ::kBytes)),
@@ -124,7 +124,7 @@ class Consumer {
   // cores have work while one tile's output leaves and the next one's softmax begins.
   __device__ __forceinline__ void run() {
     if (F::kPingPong && group_ == F::kConsumers - 1) named_arrive(1, 256);
-    TileQueue<F> queue(a_, bars_);
+    auto queue = tiles_of<F>(a_, bars_);
     Work<F> work(a_, queue.tile());
     if (!settle(queue, work)) return;
     float s[1][kNS][4], o[1][kNO][4], shrink[1][2];
@@ -196,11 +196,12 @@ class Consumer {
 
  private:
   // Goes on to a tile that sees something; one that sees nothing gets zeros here.
-  __device__ __forceinline__ bool settle(TileQueue<F>& queue, Work<F>& work) {
+  __device__ __forceinline__ bool settle(TileQueue<typename F::Barriers>& queue, Work<F>& work) {
     for (; queue.valid(); queue.next(true)) {
       work = Work<F>(a_, queue.tile());
+      work.cursor = {uniform(work.cursor.block), uniform(work.cursor.first)};
       if (work.cursor.valid()) return true;
-      if (!work.exists()) continue;
+      if (!uniform(work.exists())) continue;
       Softmax<1> nothing;
       float o[1][kNO][4];
       sm80::clear(o);
@@ -302,45 +303,10 @@ class Consumer {
       const int row = first_row(work) + lane_ / 4 + 8 * h;
       const float row_lse = softmax.finish(0, h, p.exp2_scale);
       if (lane_col == 0 && row < work.seq.seqlen_q) lse[row] = row_lse;
-      float scale = softmax.row_sum[0][h] > 0.f ? 1.f / softmax.row_sum[0][h] : 0.f;
+      float scale = softmax.row_sum[0][h] > 0.f ? __fdividef(1.f, softmax.row_sum[0][h]) : 0.f;
       if constexpr (F::kVariant != Variant::kPlain) scale *= p.dropout.rescale;
       Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row, work.head);
-#pragma unroll
-      for (int j = 0; j < kNO; j += 4) {
-        uint32_t x[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = pack<Element>(o[0][j + i][2 * h] * scale, o[0][j + i][2 * h + 1] * scale);
-        transpose_quad(x, lane_col);
-        const int col = 8 * (j + lane_col);
-        if (row >= work.seq.seqlen_q) continue;
-        if (p.out.aligned && col + 8 <= p.head_dim) {
-          *reinterpret_cast<uint4*>(out + col) = make_uint4(x[0], x[1], x[2], x[3]);
-        } else {
-          for (int e = 0; e < 8; ++e) {
-            if (col + e >= p.head_dim) break;
-            reinterpret_cast<uint16_t*>(out)[col + e] = static_cast<uint16_t>(x[e / 2] >> (16 * (e % 2)));
-          }
-        }
-      }
-    }
-  }
-
-  // Among four neighbouring lanes, x[i] of lane j becomes x[j] of lane i.
-  __device__ static __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane_col) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      const bool upper = lane_col & step;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & step) continue;
-        const uint32_t sent = upper ? x[i] : x[i + step];
-        const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, step);
-        if (upper) {
-          x[i] = got;
-        } else {
-          x[i + step] = got;
-        }
-      }
+      store_row<Element>(out, row < work.seq.seqlen_q, o[0], h, scale, p.head_dim, lane_col);
     }
   }
 
@@ -379,18 +345,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<F::kProducerRegisters>();
     if (threadIdx.x == 0) produce<F>(a, bars, tile_q, tile_k, tile_v);
-    if (threadIdx.x == 32) TileQueue<F>(a, bars).serve();
+    if (threadIdx.x == 32) {
+      auto queue = tiles_of<F>(a, bars);
+      while (queue.fetch()) {
+      }
+    }
   } else {
     take_registers<F::kConsumerRegisters>();
     Consumer<F>(a, bars, tile_q, tile_k, tile_v).run();
   }
-}
-
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "forward");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "forward");
-  return count;
 }
 
 template <typename Element, int kHeadDim, Variant kVariant>
@@ -407,29 +370,22 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   const int64_t total = int64_t{a.tiles} * p.num_heads * p.batch;
   if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: forward: more than 2^31 - 1 tiles");
   a.total = static_cast<int>(total);
-  const MaskParams& m = p.mask;
-  const bool uneven =
-      m.window_left >= 0 || m.window_right >= 0 || m.cu_seqlens_q || m.seqused_k || m.key_range || m.doc_range;
-  if (!uneven) a.p.tile_counter = nullptr;
-  if (a.p.tile_counter) check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
+  const int blocks = std::min(a.total, multiprocessors());
   int section = 1;
-  if (uneven) {
-    // K and V of a section stay in the L2 cache: 32 MB of its 50 are what the other traffic leaves.
-    const int64_t head_bytes = 4 * int64_t{m.seqlen_k} * p.head_dim;
-    const int heads = p.num_heads * p.batch;
-    section = static_cast<int>(std::clamp<int64_t>((32 << 20) / std::max<int64_t>(head_bytes, 1), 1, heads));
-    while (heads % section != 0) --section;
+  if (blocks == a.total) {
+    a.p.tile_counter = nullptr;  // a tile each: nothing to hand out, and 2 us saved on a memset
+  } else if (a.p.tile_counter) {
+    check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
+    // K and V of a section stay in the L2 cache.
+    section = section_size(p.num_heads * p.batch, 4 * int64_t{p.mask.seqlen_k} * p.head_dim);
   }
   a.section_tiles = Divisor(section * a.tiles);
   a.section_heads = Divisor(section);
   a.num_heads = Divisor(p.num_heads);
   a.heads_per_group = Divisor(p.heads_per_group);
-  launch<forward_kernel<F>>({.name = "forward",
-                             .blocks = std::min(a.total, multiprocessors()),
-                             .threads = F::kThreads,
-                             .shared_bytes = F::kSharedBytes,
-                             .stream = stream},
-                            a);
+  launch<forward_kernel<F>>(
+      {.name = "forward", .blocks = blocks, .threads = F::kThreads, .shared_bytes = F::kSharedBytes, .stream = stream},
+      a);
 }
 
 template <typename Element, int kHeadDim>

@@ -1,11 +1,32 @@
 // Which tile of the forward's work comes when, and rings of stages.
 #pragma once
 
+#include <algorithm>
+
 #include "common/divide.h"
 #include "common/mask.h"
+#include "launch.h"
 #include "sm90/ptx.h"
 
 namespace hfp::sm90 {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "multiprocessors");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+  return count;
+}
+
+// How many of `all` heads, a divisor of it, to work on at once, so that what they share stays in the L2 cache: 32 MB of
+// its 50 are what the other traffic leaves.
+inline int section_size(int all, int64_t bytes_each) {
+  int64_t size = std::clamp<int64_t>((32 << 20) / std::max<int64_t>(bytes_each, 1), 1, std::max(all, 1));
+  while (size > 1 && all % size != 0) --size;
+  return static_cast<int>(size);
+}
 
 struct ForwardArguments {
   CUtensorMap q, k, v;
@@ -65,11 +86,11 @@ struct Work {
 
 // Hands out tiles: by turns, or, where their costs differ, to whoever is free. Then one thread of the block fetches
 // ahead from a counter in global memory and tells the others through shared memory.
-template <class F>
+template <class Barriers>
 class TileQueue {
  public:
-  __device__ TileQueue(const ForwardArguments& a, typename F::Barriers* bars)
-      : counter_(a.p.tile_counter), total_(a.total), bars_(bars), tile_(blockIdx.x) {}
+  __device__ TileQueue(int* counter, int total, Barriers* bars)
+      : counter_(counter), total_(total), bars_(bars), tile_(blockIdx.x) {}
 
   __device__ bool valid() const { return tile_ < total_; }
   __device__ int tile() const { return tile_; }
@@ -82,29 +103,29 @@ class TileQueue {
     }
     barrier_wait(smem_address(&bars_->tile_full), parity_);
     tile_ = *static_cast<volatile int*>(&bars_->tile);
-    if (whole_warp) __syncwarp();
+    if (whole_warp) tile_ = uniform(tile_);
     if (!whole_warp || threadIdx.x % 32 == 0) barrier_arrive(smem_address(&bars_->tile_empty));
     parity_ ^= 1;
   }
 
-  // What the fetching thread does.
-  __device__ void serve() {
-    if (!counter_) return;
-    for (uint32_t parity = 1;; parity ^= 1) {
-      const int tile = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
-      barrier_wait(smem_address(&bars_->tile_empty), parity);
-      *static_cast<volatile int*>(&bars_->tile) = tile;
-      barrier_arrive(smem_address(&bars_->tile_full));
-      if (tile >= total_) return;
-    }
+  // What the fetching thread does, once a tile: as soon as the one before is everyone's, the next is announced. False
+  // after the last.
+  __device__ bool fetch() {
+    if (!counter_) return false;
+    const int tile = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
+    barrier_wait(smem_address(&bars_->tile_empty), fetch_parity_);
+    *static_cast<volatile int*>(&bars_->tile) = tile;
+    barrier_arrive(smem_address(&bars_->tile_full));
+    fetch_parity_ ^= 1;
+    return tile < total_;
   }
 
  private:
   int* counter_;
   int total_;
-  typename F::Barriers* bars_;
+  Barriers* bars_;
   int tile_;
-  uint32_t parity_ = 0;
+  uint32_t parity_ = 0, fetch_parity_ = 1;
 };
 
 }  // namespace hfp::sm90

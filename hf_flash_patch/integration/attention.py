@@ -137,7 +137,7 @@ def hfp_attention(
         # (1, num_heads, total, head_dim) -> (total, num_heads, head_dim)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return _attend(q, k, v, varlen, options, s_aux)[None], None
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return _attend(q, k, v, _with_bias(mask.arguments(doc_range), bias), options, s_aux), None
 
 
@@ -195,13 +195,13 @@ def _attend(
         # Zeros change neither q.k nor the other columns of v. The torch engine needs none.
         wide = max(head_dim, head_dim_v)
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    result = attention(q, k, v, mask=arguments, **options, return_lse=sinks is not None)
-    if sinks is None or isinstance(result, torch.Tensor):
-        return result[..., :head_dim_v]  # type: ignore[call-overload]
-    out, lse = result
+        return _attend(q, k, v, arguments, options, sinks)[..., :head_dim_v]
+    if sinks is None:
+        return attention(q, k, v, mask=arguments, **options)  # type: ignore[return-value]
+    out, lse = attention(q, k, v, mask=arguments, **options, return_lse=True)
     # A sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
     kept = torch.sigmoid(lse - sinks.reshape(-1, 1).to(lse.dtype))  # (..., num_heads, seqlen_q)
-    return out[..., :head_dim_v] * kept.transpose(-1, -2).unsqueeze(-1).to(out.dtype)
+    return out * kept.transpose(-1, -2).unsqueeze(-1).to(out.dtype)
 
 
 def _with_learned_bias(

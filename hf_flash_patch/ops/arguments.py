@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,7 +78,11 @@ class MaskArguments:
     @property
     def empty(self) -> bool:
         """Whether nothing is said, so that causal and window are the whole mask."""
-        return all(getattr(self, name) is None for name in TENSOR_FIELDS)
+        return not self._given()
+
+    def _given(self) -> dict[str, torch.Tensor]:
+        fields = self.__dict__
+        return {name: fields[name] for name in TENSOR_FIELDS if fields[name] is not None}
 
     def validate(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """Check every given field against q and k, whose own shapes have been checked.
@@ -85,16 +90,16 @@ class MaskArguments:
         Raises:
             MaskError: a field has the wrong shape, dtype or device, or does not go with another.
         """
-        for name in TENSOR_FIELDS:
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.device != q.device:
+        given = self._given()
+        for name, tensor in given.items():
+            if tensor.device != q.device:
                 raise MaskError(
                     f"{name} is on {tensor.device}, q on {q.device}; move it once, before "
                     "the forward pass."
                 )
         if self.varlen:
             self._validate_varlen(q, k)
-        else:
+        elif given:
             self._validate_dense(q, k)
 
     def _validate_varlen(self, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -192,56 +197,56 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, varlen: 
         UnsupportedKernelError: naming the tensor and what it should be.
     """
     layout = "(total, num_heads, head_dim)" if varlen else "(batch, seqlen, num_heads, head_dim)"
+    rank, dtype, device = 3 if varlen else 4, q.dtype, q.device
+    if dtype not in DTYPES:
+        raise UnsupportedKernelError(
+            f"q has dtype {dtype}; it has to be one of {', '.join(map(str, DTYPES))}."
+        )
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != (3 if varlen else 4):
+        shape = tensor.shape
+        if len(shape) != rank:
             raise UnsupportedKernelError(
-                f"{name} has rank {tensor.dim()} and shape {tuple(tensor.shape)}; it has to be "
-                f"{layout}"
+                f"{name} has rank {len(shape)} and shape {tuple(shape)}; it has to be {layout}"
                 + (
                     " with cu_seqlens."
                     if varlen
                     else ". Variable length goes to flash_attn_varlen_func."
                 )
             )
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype != dtype:
             raise UnsupportedKernelError(
-                f"{name} has dtype {tensor.dtype}; it has to be one of "
-                f"{', '.join(map(str, DTYPES))}."
-            )
-        if tensor.dtype != q.dtype:
-            raise UnsupportedKernelError(
-                f"q has dtype {q.dtype}, {name} has {tensor.dtype}; all three have to be equal. "
+                f"q has dtype {dtype}, {name} has {tensor.dtype}; all three have to be equal. "
                 "Nothing is cast here: cast them, or run under autocast and cast to its dtype."
             )
-        if tensor.device != q.device:
+        if tensor.device != device:
             raise UnsupportedKernelError(
-                f"q is on {q.device}, {name} on {tensor.device}; all three have to be on one "
-                "device."
+                f"q is on {device}, {name} on {tensor.device}; all three have to be on one device."
             )
-        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
             raise UnsupportedKernelError(
-                f"{name} has head_dim {tensor.shape[-1]}; 1 to {MAX_HEAD_DIM} is supported."
+                f"{name} has head_dim {shape[-1]}; 1 to {MAX_HEAD_DIM} is supported."
             )
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if shape[-1] > 1 and tensor.stride()[-1] != 1:
             raise UnsupportedKernelError(
                 f"{name} has stride {tensor.stride(-1)} along head_dim, its last dimension; that "
                 "dimension has to be contiguous (any other stride is fine). Call "
                 f"{name}.contiguous()."
             )
-    if k.shape[-1] != q.shape[-1]:
+    shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
+    if shape_k[-1] != shape_q[-1]:
         raise UnsupportedKernelError(
-            f"q has head_dim {q.shape[-1]}, k has {k.shape[-1]}; they have to be equal."
+            f"q has head_dim {shape_q[-1]}, k has {shape_k[-1]}; they have to be equal."
         )
-    if k.shape[:-1] != v.shape[:-1]:
+    if shape_k != shape_v and shape_k[:-1] != shape_v[:-1]:
         raise UnsupportedKernelError(
-            f"k has shape {tuple(k.shape)}, v has {tuple(v.shape)}; they may differ in head_dim "
+            f"k has shape {tuple(shape_k)}, v has {tuple(shape_v)}; they may differ in head_dim "
             "only."
         )
-    if not varlen and q.shape[0] != k.shape[0]:
+    if not varlen and shape_q[0] != shape_k[0]:
         raise UnsupportedKernelError(
-            f"q has batch size {q.shape[0]}, k has {k.shape[0]}; they have to be equal."
+            f"q has batch size {shape_q[0]}, k has {shape_k[0]}; they have to be equal."
         )
-    num_heads, num_heads_k = q.shape[-2], k.shape[-2]
+    num_heads, num_heads_k = shape_q[-2], shape_k[-2]
     if num_heads_k == 0 or num_heads % num_heads_k != 0:
         raise UnsupportedKernelError(
             f"q has {num_heads} heads, k and v have {num_heads_k}; the first has to be a multiple "
@@ -249,17 +254,23 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, varlen: 
         )
 
 
+def _is_side(side: Any) -> bool:
+    # isinstance(..., torch.Tensor) is a call of Python: the usual int first.
+    plain = type(side) is int or not isinstance(side, (bool, float, torch.Tensor))
+    return plain and side >= -1
+
+
 def check_options(
     q: torch.Tensor,
+    mask: MaskArguments,
     *,
-    batch: int,
     window_size: tuple[int, int],
     softmax_scale: float,
     softcap: float,
     alibi_slopes: torch.Tensor | None,
     dropout_p: float,
 ) -> None:
-    """Check the numbers of a call, and `alibi_slopes`, against q.
+    """Check the numbers of a call, and `alibi_slopes` against q.
 
     Raises:
         UnsupportedKernelError: a number is out of its range.
@@ -277,9 +288,7 @@ def check_options(
         raise UnsupportedKernelError(
             f"softmax_scale is {softmax_scale}; it has to be finite. None means head_dim ** -0.5."
         )
-    if len(window_size) != 2 or any(
-        isinstance(side, (bool, float, torch.Tensor)) or side < -1 for side in window_size
-    ):
+    if len(window_size) != 2 or not all(map(_is_side, window_size)):
         raise MaskError(
             f"window_size is {window_size!r}; it has to be two ints (left, right), tokens on "
             "either side of the diagonal, with -1 for no limit."
@@ -287,7 +296,7 @@ def check_options(
     if alibi_slopes is None:
         return
     num_heads = q.shape[-2]
-    shapes = ((num_heads,), (batch, num_heads))
+    shapes = ((num_heads,), (mask.batch_size(q), num_heads))
     if alibi_slopes.dtype != torch.float32 or tuple(alibi_slopes.shape) not in shapes:
         raise MaskError(
             f"alibi_slopes has dtype {alibi_slopes.dtype} and shape {tuple(alibi_slopes.shape)}; "

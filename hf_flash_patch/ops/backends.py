@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -15,9 +16,12 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
 
+_capability_of = functools.cache(torch.cuda.get_device_capability)
+
+
 @torch.compiler.assume_constant_result
 def _capability(device_index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
+    return _capability_of(device_index)
 
 
 def kernel_obstacle(

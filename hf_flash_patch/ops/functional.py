@@ -16,6 +16,7 @@ from ..errors import MaskError
 from .arguments import MaskArguments, check_options, check_tensors
 from .backends import resolve_backend
 from .dropout import new_rng_state
+from .library import call_attention
 from .padding import pack_key_padding
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -199,11 +200,13 @@ def attention(
     mask = _NO_MASK if mask is None else mask
     varlen = mask.varlen
     check_tensors(q, k, v, varlen=varlen)
-    mask.validate(q, k)
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if mask is not _NO_MASK:
+        mask.validate(q, k)
+    head_dim = q.shape[-1]
+    softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     check_options(
         q,
-        batch=mask.batch_size(q),
+        mask,
         window_size=window_size,
         softmax_scale=softmax_scale,
         softcap=softcap,
@@ -214,7 +217,7 @@ def attention(
         backend,
         device=q.device,
         dtype=q.dtype,
-        head_dim=q.shape[-1],
+        head_dim=head_dim,
         head_dim_v=v.shape[-1],
         attn_bias=mask.attn_bias is not None,
     )
@@ -235,13 +238,13 @@ def attention(
             deterministic=deterministic,
             return_lse=return_lse,
         )
-    plain = mask.empty and not return_lse and not softcap and not dropout_p and alibi_slopes is None
-    if engine == "torch" and plain and not (deterministic and q.is_cuda):
+    plain = not (return_lse or softcap or dropout_p or alibi_slopes is not None)
+    if engine == "torch" and plain and mask.empty and not (deterministic and q.is_cuda):
         is_causal = _sdpa_causality(q, k, v, causal, window_size)
         if is_causal is not None:
             return _sdpa(q, k, v, is_causal, softmax_scale)
 
-    out, lse = torch.ops.hf_flash_patch.attention(
+    out, lse = call_attention(
         q,
         k,
         v,

@@ -240,6 +240,18 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(out, expected)
 
 
+def test_vmap_keeps_gradients():
+    q = torch.randn(3, 1, 12, 2, 8, requires_grad=True)
+
+    def step(q):
+        return flash_attn_func(q, q, q, softcap=5.0)
+
+    actual, expected = torch.func.vmap(step)(q), torch.stack([step(x) for x in q])
+    torch.testing.assert_close(actual, expected)
+    grads = [torch.autograd.grad(out.square().sum(), q)[0] for out in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_meta_tensors():
     q = torch.empty(2, 10, 4, 16, device="meta", dtype=torch.bfloat16)
     out, lse = flash_attn_func(q, q[:, :, :2], q[:, :, :2], causal=True, return_lse=True)

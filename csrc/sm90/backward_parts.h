@@ -1,0 +1,274 @@
+// What surrounds the products of the Hopper backward: shapes, the order of the work, and the way of dQ, which is summed
+// in fp32 in memory over key blocks that run on different multiprocessors.
+#pragma once
+
+#include "common/divide.h"
+#include "common/logits.h"
+#include "common/query_tiles.h"
+#include "common/scratch.h"
+#include "launch.h"
+#include "sm80/backward_edges.h"
+#include "sm90/schedule.h"
+#include "sm90/store.h"
+#include "sm90/tensor_map.h"
+#include "sm90/tile.h"
+
+namespace hfp::sm90 {
+
+template <typename Element_, int kHeadDim_, Variant kVariant_>
+struct Backward {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr Variant kVariant = kVariant_;
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kBlockK = 64 * kConsumers;
+  // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
+  // S of the next is asked for, and the tile's logits are plain.
+  static constexpr int kBlockQ = kHeadDim <= 32 || (kHeadDim == 64 && kVariant != Variant::kGeneral) ? 128 : 64;
+  static constexpr bool kOverlapsDv = kHeadDim != 64 || kBlockQ == 64;
+  static constexpr int kStagesQ = 3;  // Q is read until dK, which runs a step behind
+  static constexpr int kStagesDo = 2;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  // How the consumers share dQ: 64 rows each of 128, or columns. 96 columns are no two equal parts that start on
+  // panels; both compute 64 then, and the second keeps the last 32.
+  static constexpr bool kByRows = kBlockQ == 128;
+  static constexpr int kDqColumns = kByRows ? kHeadDim : kHeadDim == 96 ? 64 : kHeadDim / 2;
+  static constexpr int kDqTileBytes = kBlockQ * kHeadDim * 4;
+  // Where a consumer's part of the tile begins, in bytes, and the first column that it computes.
+  __device__ static constexpr int dq_offset(int group) {
+    return group == kConsumers ? kDqTileBytes : group * 64 * kDqColumns * 4;
+  }
+  __device__ static constexpr int dq_column(int group) {
+    return kByRows ? 0 : group * kHeadDim / (kHeadDim == 96 ? 3 : 2);
+  }
+
+  using TileQ = Tile<kBlockQ, kHeadDim>;
+  using TileK = Tile<kBlockK, kHeadDim>;
+  using TileS = Tile<kBlockK, kBlockQ>;  // dS, transposed
+  struct Step {                          // of the loop over query tiles, as the loader tells it
+    int row0;
+    int head;        // in its group
+    unsigned flags;  // Hidden, and:
+  };
+  static constexpr unsigned kLast = 16;     // of the key block
+  static constexpr unsigned kNothing = 32;  // there is no step
+  struct Barriers {
+    float lse[kStagesQ][kBlockQ], delta[kStagesDo][kBlockQ];
+    int2 seen[kBlockK];  // rows that see each key
+    uint64_t k_full, k_empty, v_full, v_empty;
+    uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
+    uint64_t dq_full[kConsumers], dq_empty[kConsumers];
+    uint64_t tile_full, tile_empty;
+    Step step[kStagesQ];
+    int tile;
+  };
+  static constexpr int kAtK = 0;  // places of the tiles in shared memory
+  static constexpr int kAtV = kAtK + TileK::kBytes;
+  static constexpr int kAtQ = kAtV + TileK::kBytes;
+  static constexpr int kAtDo = kAtQ + kStagesQ * TileQ::kBytes;
+  static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;  // two
+  static constexpr int kAtDq = kAtDs + 2 * TileS::kBytes;
+  static constexpr int kTileBytes = kAtDq + kDqTileBytes;
+  static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+struct BackwardArguments {
+  CUtensorMap q, dout, k, v, dk, dv;
+  sm80::BackwardArguments p;
+  int blocks;             // of keys
+  int total;              // of all key heads and sequences
+  Divisor section_items;  // a section is a few heads whose blocks are interleaved, so that the longest of all run first
+  Divisor section_heads;
+  Divisor num_heads_k;
+};
+
+// A block of keys, the same for whoever asks. Within a section the first keys come first: under a causal mask they take
+// longest.
+template <class B>
+struct KeyBlock {
+  int block, head_k;
+  Sequence seq;
+  Mask mask;
+
+  __device__ KeyBlock(const BackwardArguments& a, int item)
+      : block(0), head_k(0), seq(a.p.mask, locate(a, item)), mask(a.p.mask, seq) {}
+  __device__ int key0() const { return block * B::kBlockK; }
+  __device__ bool exists() const { return key0() < seq.stored_k; }
+
+ private:
+  // Sets block and head_k, returns the sequence.
+  __device__ int locate(const BackwardArguments& a, int item) {
+    uint32_t rest, in_section, head;
+    const uint32_t section = a.section_items.divide(item, rest);
+    block = static_cast<int>(a.section_heads.divide(rest, in_section));
+    const uint32_t sequence = a.num_heads_k.divide(section * a.section_heads.divisor() + in_section, head);
+    head_k = static_cast<int>(head);
+    return static_cast<int>(sequence);
+  }
+};
+
+template <class B>
+__device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
+  return {a.p.next_item, a.total, bars};
+}
+
+// One thread that copies tiles to shared memory, and tells the consumers of every step.
+template <class B>
+class Loader {
+ public:
+  __device__ Loader(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
+      : a_(a), bars_(bars), base_(base) {}
+
+  __device__ void run() {
+#pragma unroll 1
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (!work.exists()) continue;
+      QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group);
+      if (!at.valid()) {
+        const uint32_t bar = await_q_empty();
+        bars_->step[q_.index] = {0, 0, B::kNothing};
+        barrier_arrive(bar);
+        q_.next();
+        continue;
+      }
+      const int batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+      const int head0 = work.head_k * a_.p.heads_per_group, query0 = static_cast<int>(work.seq.offset_q);
+      const int key0 = static_cast<int>(work.seq.offset_k) + work.key0();
+      bool first = true;
+      do {
+        const int row0 = at.tile * B::kBlockQ, head = head0 + at.head;
+        typename B::Step step{row0, at.head, at.hidden};
+        at.next();
+        if (!at.valid()) step.flags |= B::kLast;
+        const int64_t row_terms = head * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + row0;
+        uint32_t bar = await_q_empty();
+        bars_->step[q_.index] = step;
+        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+        B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, query0 + row0, head, batch);
+        bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + row_terms, B::kBlockQ * 4, bar);
+        q_.next();
+        if (first) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
+        barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
+        bar = smem_address(bars_->do_full + do_.index);
+        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+        B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, query0 + row0, head, batch);
+        bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + row_terms, B::kBlockQ * 4, bar);
+        do_.next();
+        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
+        first = false;
+      } while (at.valid());
+      keys_parity_ ^= 1;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t await_q_empty() {
+    barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
+    return smem_address(bars_->q_full + q_.index);
+  }
+  __device__ __forceinline__ void load_keys(uint32_t tile, uint64_t* full, uint64_t* empty, const CUtensorMap* map,
+                                            int row, int head, int batch) {
+    barrier_wait(smem_address(empty), keys_parity_);
+    const uint32_t bar = smem_address(full);
+    barrier_expect(bar, B::TileK::kBytes);
+    B::TileK::load(tile, map, bar, row, head, batch);
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  const uint32_t base_;
+  Stage<B::kStagesQ> q_{1};
+  Stage<B::kStagesDo> do_{1};
+  uint32_t keys_parity_ = 1;
+};
+
+// One thread that adds what the consumers leave in shared memory to dQ's accumulator.
+template <class B>
+class DqAdder {
+ public:
+  __device__ DqAdder(const BackwardArguments& a, typename B::Barriers* bars, uint32_t tile_dq)
+      : a_(a), bars_(bars), tile_dq_(tile_dq) {}
+
+  __device__ void run() {
+    auto queue = items_of<B>(a_, bars_);
+#pragma unroll 1
+    for (; queue.valid(); queue.next(false)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (work.exists()) add_all(work);
+    }
+    bulk_wait<0>();
+  }
+
+ private:
+  __device__ __forceinline__ void add_all(const KeyBlock<B>& work) {
+    const int head0 = work.head_k * a_.p.heads_per_group;
+#pragma unroll 1
+    for (QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group); at.valid(); at.next()) {
+      const int64_t row =
+          (head0 + at.head) * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + at.tile * B::kBlockQ;
+      int* turn = a_.p.dq_turn ? a_.p.dq_turn + row / B::kBlockQ : nullptr;
+      float* to = a_.p.dq_accum + row * B::kHeadDim;
+      if (turn) {
+        while (load_acquire(turn) != at.turn) __nanosleep(20);
+        async_fence_global();
+      }
+#pragma unroll
+      for (int w = 0; w < B::kConsumers; ++w) {
+        barrier_wait(smem_address(bars_->dq_full + w), parity_);
+        bulk_add(to + B::dq_offset(w) / 4, tile_dq_ + B::dq_offset(w), B::dq_offset(w + 1) - B::dq_offset(w));
+        bulk_commit();
+      }
+      bulk_wait_read<1>();
+      barrier_arrive(smem_address(bars_->dq_empty));
+      bulk_wait_read<0>();
+      barrier_arrive(smem_address(bars_->dq_empty + 1));
+      parity_ ^= 1;
+      if (turn) {
+        bulk_wait<0>();
+        async_fence_global();
+        add_release(turn, 1);
+      }
+    }
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  const uint32_t tile_dq_;
+  uint32_t parity_ = 0;
+};
+
+// dQ = accumulated * softmax_scale, rounded, in its place. A warp takes 16 rows by 32 columns at a time.
+template <class B>
+__global__ void __launch_bounds__(sm80::kEdgeThreads)
+    backward_end_kernel(const __grid_constant__ sm80::BackwardArguments p) {
+  using Element = typename B::Element;
+  const sm80::RowTile<B> at(p);
+  const Sequence seq(p.mask, at.batch);
+  const int tile0 = at.tile * B::kBlockQ, lane = threadIdx.x % 32;
+  if (tile0 >= seq.seqlen_q) return;
+  const int64_t scratch = at.head * p.scratch_rows + seq.scratch_row(p.mask) + tile0;
+  const float4* accum = reinterpret_cast<const float4*>(p.dq_accum + scratch * B::kHeadDim);
+#pragma unroll
+  for (int i = threadIdx.x / 32; i < B::kBlockQ * B::kHeadDim / 512; i += sm80::kEdgeThreads / 32) {
+    const int col = i / 4 * 32 % B::kHeadDim;
+    const int row0 = tile0 + i / 4 * 32 / B::kHeadDim * 64 + i % 4 * 16 + lane / 4;
+    float acc[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float4 v = accum[(i / 4 * 16 + i % 4 + 4 * j) * 32 + lane];
+      acc[j][0] = v.x, acc[j][1] = v.y, acc[j][2] = v.z, acc[j][3] = v.w;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row0 + 8 * h;
+      store_row<Element>(row_pointer<Element>(p.dq, at.batch, seq.offset_q + row, at.head) + col, row < seq.seqlen_q,
+                         acc, h, p.softmax_scale, p.head_dim - col, lane % 4);
+    }
+  }
+}
+
+}  // namespace hfp::sm90
