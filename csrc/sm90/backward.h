@@ -224,7 +224,7 @@ class BackwardConsumer {
                                                 uint32_t (&keep)[kNS / 8]) {
     const int key = 64 * group_ + 16 * warp_ + lane_ / 4, row = step.row0 + 2 * (lane_ % 4);
     if constexpr (B::kVariant == Variant::kGeneral) {
-      const LogitBias bias(a_.p, work.seq.batch, head_of(work, step));
+      const LogitBias bias(a_.p, work.seq.batch, step.head);
       each(p, [&](float& x, int j, int h, int e) { x = bias.apply(x, distance(work, key, row, j, h, e)); });
     }
     if (const unsigned why = step.flags & (kBeforeRange | kPastRange | kByBits)) {
@@ -240,7 +240,7 @@ class BackwardConsumer {
       for (int e = 0; e < 4; ++e) p[j][e] = exp2_approx(fmaf(p[j][e], a_.p.exp2_scale, e % 2 ? -l.y : -l.x));
     }
     if (dropping()) {
-      const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + head_of(work, step));
+      const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + step.head);
 #pragma unroll
       for (int i = 0; i < kNS / 2; ++i) {
         const uint32_t bits =
@@ -283,7 +283,7 @@ class BackwardConsumer {
           ds[e] = p[j][e] * (y - (e % 2 ? d.y : d.x));
         }
         if constexpr (B::kVariant == Variant::kGeneral) {
-          const LogitBias bias(a_.p, work.seq.batch, head_of(work, step));
+          const LogitBias bias(a_.p, work.seq.batch, step.head);
           const float2 l = load_shared_float2(smem_address(bars_->lse[q_.index]) + 8 * (lane_ % 4) + 32 * j);
           const int key = 64 * group_ + 16 * warp_ + lane_ / 4, row = step.row0 + 2 * (lane_ % 4);
 #pragma unroll
@@ -371,9 +371,6 @@ class BackwardConsumer {
   __device__ bool dropping() const {
     return B::kVariant == Variant::kDropout || (B::kVariant == Variant::kGeneral && a_.p.dropout.rng_state);
   }
-  __device__ int head_of(const KeyBlock<B>& work, const typename B::Step& step) const {
-    return work.head_k * a_.p.heads_per_group + step.head;
-  }
   __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {
     return row + 8 * j + e + work.mask.shift() - (work.key0() + key + 8 * h);
   }
@@ -411,14 +408,16 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
     init(&bars->tile_full, 1);
-    init(&bars->tile_empty, kWarps + 2);
+    init(&bars->tile_empty, kWarps + 1);
+    for (int i = 0; i < B::kPlans; ++i) init(bars->plan_full + i, 1), init(bars->plan_empty + i, 2);
     barrier_init_fence();
   }
   __syncthreads();
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<B::kProducerRegisters>();
     if (threadIdx.x == 0) Loader<B>(a, bars, base).run();
-    if (threadIdx.x == 32) DqAdder<B>(a, bars, base + B::kAtDq).run();
+    if (threadIdx.x == 32) add_dq<B>(a.p, bars, base + B::kAtDq);
+    if (threadIdx.x == 64) Planner<B>(a, bars).run();
   } else {
     take_registers<B::kConsumerRegisters>();
     BackwardConsumer<B>(a, bars, base).run();
