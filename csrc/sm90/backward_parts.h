@@ -22,19 +22,33 @@ struct Backward {
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kBlockK = 64 * kConsumers;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  // Up to 128 columns each consumer has 64 keys of its own, which is what registers hold of dK and dV. With more, both
+  // have the same 64 keys, half of the queries of S and half of the columns of dK and dV.
+  static constexpr bool kWide = kHeadDim > 128;
+  static constexpr int kBlockK = kWide ? 64 : 128;
   // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
   // S of the next is asked for, and the tile's logits are plain.
   static constexpr int kBlockQ = kHeadDim <= 32 || (kHeadDim == 64 && kVariant != Variant::kGeneral) ? 128 : 64;
   static constexpr bool kOverlapsDv = kHeadDim != 64 || kBlockQ == 64;
-  static constexpr int kStagesQ = 3;  // Q is read until dK, which runs a step behind
-  static constexpr int kStagesDo = 2;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStagesQ = kWide ? 2 : 3;  // Q is read until dK, which runs a step behind
+  static constexpr int kStagesDo = kWide ? 1 : 2;
+  static constexpr int kStagesS = kWide ? 1 : 2;  // of dS
+
+  // What a consumer holds: of S^T and dP^T its first key and query and so many queries, of dK and dV its first column
+  // and so many columns.
+  static constexpr int kQueries = kWide ? kBlockQ / 2 : kBlockQ;
+  static constexpr int kColumns = kWide ? kHeadDim / 2 : kHeadDim;
+  __device__ static constexpr int first_key(int group) { return kWide ? 0 : 64 * group; }
+  __device__ static constexpr int first_query(int group) { return kWide ? kQueries * group : 0; }
+  __device__ static constexpr int first_column(int group) { return kWide ? kColumns * group : 0; }
 
   // How the consumers share dQ: 64 rows each of 128, or columns. 96 columns are no two equal parts that start on
   // panels; both compute 64 then, and the second keeps the last 32.
   static constexpr bool kByRows = kBlockQ == 128;
   static constexpr int kDqColumns = kByRows ? kHeadDim : kHeadDim == 96 ? 64 : kHeadDim / 2;
+  static constexpr int kDqRounds = kWide ? 2 : 1;  // in which it goes through shared memory
   static constexpr int kDqTileBytes = kBlockQ * kHeadDim * 4;
   // Where a consumer's part of the tile begins, in bytes, and the first column that it computes.
   __device__ static constexpr int dq_offset(int group) {
@@ -46,7 +60,7 @@ struct Backward {
 
   using TileQ = Tile<kBlockQ, kHeadDim>;
   using TileK = Tile<kBlockK, kHeadDim>;
-  using TileS = Tile<kBlockK, kBlockQ>;  // dS, transposed
+  using TileS = Tile<kBlockK, kBlockQ>;  // dS and P, transposed
   struct Step {                          // of the loop over query tiles, as the consumers see it
     int row0, head;
     unsigned flags;  // Hidden, and:
@@ -76,9 +90,10 @@ struct Backward {
   static constexpr int kAtV = kAtK + TileK::kBytes;
   static constexpr int kAtQ = kAtV + TileK::kBytes;
   static constexpr int kAtDo = kAtQ + kStagesQ * TileQ::kBytes;
-  static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;  // two
-  static constexpr int kAtDq = kAtDs + 2 * TileS::kBytes;
-  static constexpr int kTileBytes = kAtDq + kDqTileBytes;
+  static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;
+  static constexpr int kAtP = kAtDs + kStagesS * TileS::kBytes;  // wide only: P is no operand in registers
+  static constexpr int kAtDq = kAtP + (kWide ? TileS::kBytes : 0);
+  static constexpr int kTileBytes = kAtDq + kDqTileBytes / kDqRounds;
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
   static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -270,16 +285,20 @@ __device__ __forceinline__ void add_dq(const sm80::BackwardArguments& p, typenam
       async_fence_global();
     }
 #pragma unroll
-    for (int w = 0; w < B::kConsumers; ++w) {
-      barrier_wait(smem_address(bars->dq_full + w), parity);
-      bulk_add(to + B::dq_offset(w) / 4, tile_dq + B::dq_offset(w), B::dq_offset(w + 1) - B::dq_offset(w));
-      bulk_commit();
+    for (int round = 0; round < B::kDqRounds; ++round) {
+#pragma unroll
+      for (int w = 0; w < B::kConsumers; ++w) {
+        const int bytes = (B::dq_offset(w + 1) - B::dq_offset(w)) / B::kDqRounds;
+        barrier_wait(smem_address(bars->dq_full + w), parity);
+        bulk_add(to + (B::dq_offset(w) + round * bytes) / 4, tile_dq + B::dq_offset(w) / B::kDqRounds, bytes);
+        bulk_commit();
+      }
+      bulk_wait_read<1>();
+      barrier_arrive(smem_address(bars->dq_empty));
+      bulk_wait_read<0>();
+      barrier_arrive(smem_address(bars->dq_empty + 1));
+      parity ^= 1;
     }
-    bulk_wait_read<1>();
-    barrier_arrive(smem_address(bars->dq_empty));
-    bulk_wait_read<0>();
-    barrier_arrive(smem_address(bars->dq_empty + 1));
-    parity ^= 1;
     if (turn) {
       bulk_wait<0>();
       async_fence_global();
