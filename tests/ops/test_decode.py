@@ -1,4 +1,8 @@
-"""Few queries against many keys: the compiled decode kernel against the specification."""
+"""Few queries against many keys: the compiled decode kernel against the specification.
+
+Between 16 and 64 rows (queries times the heads that share their keys) decode takes a call only from
+1024 keys on, which is why such problems have as many here.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,8 @@ VARLEN_FEATURES = tuple(f for f in COMMON if f != "dropout")
 @pytest.mark.parametrize("features", pairs(FEATURES), ids="+".join)
 @pytest.mark.parametrize(
     ("batch", "seqlen_q", "seqlen_k", "head_dim", "dtype"),
-    [(2, 1, 777, 128, BF16), (3, 5, 1025, 64, FP16), (2, 40, 513, 128, BF16)],
-    ids=["1x777-d128-bf16", "5x1025-d64-fp16", "40x513-d128-bf16"],
+    [(2, 1, 777, 128, BF16), (3, 5, 1025, 64, FP16), (2, 40, 1100, 128, BF16)],
+    ids=["1x777-d128-bf16", "5x1025-d64-fp16", "40x1100-d128-bf16"],
 )
 def test_features_and_their_pairs(features, batch, seqlen_q, seqlen_k, head_dim, dtype):
     problem = make_problem(
@@ -54,7 +58,7 @@ def test_heads_that_share_keys(seqlen_q, group):
             problem = make_problem(
                 features,
                 seqlen_q=seqlen_q,
-                seqlen_k=600,
+                seqlen_k=1090,
                 num_heads=2 * group,
                 heads_k=2,
                 head_dim=head_dim,
@@ -72,7 +76,7 @@ def test_head_dims(head_dim, dtype):
             problem = make_problem(
                 features,
                 seqlen_q=seqlen_q,
-                seqlen_k=700,
+                seqlen_k=1041,
                 head_dim=head_dim,
                 dtype=dtype,
                 device="cuda",
@@ -81,7 +85,7 @@ def test_head_dims(head_dim, dtype):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 300])
-@pytest.mark.parametrize("seqlen_k", [256, 257, 1000, 5000])
+@pytest.mark.parametrize("seqlen_k", [256, 257, 1024, 5000])
 def test_shares_of_the_work(batch, seqlen_k):
     """From a block a thread block to several tiles a thread block, with lengths that vary."""
     for features in (("causal",), ("seqused", "causal"), ("padding", "left_window")):
@@ -98,6 +102,44 @@ def test_shares_of_the_work(batch, seqlen_k):
                 device="cuda",
             )
             check_forward(problem, backend="cuda")
+
+
+@pytest.mark.parametrize(("seqlen_q", "heads_k"), [(1, 1), (4, 4), (64, 4)])
+def test_long_cache(seqlen_q, heads_k):
+    problem = make_problem(
+        ("causal",),
+        batch=1,
+        seqlen_q=seqlen_q,
+        seqlen_k=131_072,
+        heads_k=heads_k,
+        head_dim=128,
+        dtype=BF16,
+        device="cuda",
+    )
+    check_forward(problem, backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"seqlen_q": 1}, True),
+        ({"seqlen_q": 16, "seqlen_k": 256}, True),
+        ({"seqlen_q": 64}, True),
+        ({"seqlen_q": 1, "seqlen_k": 255}, False),
+        ({"seqlen_q": 65}, False),
+        ({"seqlen_q": 64, "batch": 64}, False),
+        ({"seqlen_q": 1, "features": ("dropout",)}, False),
+    ],
+)
+def test_who_takes_a_call(options, taken):
+    problem = make_problem(
+        **{"seqlen_k": 4096, "head_dim": 64, "dtype": BF16, "device": "cuda", **options}
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        check_forward(problem, backend="cuda")
+    ours = [event.key for event in profile.key_averages() if "hfp::" in event.key]
+    assert ours
+    assert any("decode_kernel" in name for name in ours) == taken
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
