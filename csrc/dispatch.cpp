@@ -176,8 +176,10 @@ int64_t decode(const DecodeParams& params, Dtype dtype, cudaStream_t stream) {
   const Device& device = current_device();
   DecodeParams p = params;
   constexpr int kReserved = 1024;  // of a block, by CUDA
-  const int per_multiprocessor =
-      !p.few_rows() && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
+  // Few rows are done sooner by one large thread block, with half as many pieces to put together; of those of head_dim
+  // 256, which have two warps, it takes two to keep memory busy.
+  const bool one = p.few_rows() && found->head_dim <= 128;
+  const int per_multiprocessor = !one && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
   p.blocks = device.multiprocessors * per_multiprocessor;
   p.shared_bytes = (device.shared_bytes + kReserved) / per_multiprocessor - kReserved;
   p.starts_early = device.capability >= 90;
