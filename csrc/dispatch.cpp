@@ -158,8 +158,7 @@ const Instance* decoder(const DecodeParams& p, Dtype dtype) {
   if (!p.few_rows()) {
     // Measured: forward takes as long for its tiles on each multiprocessor as decode for 0.7 of its own.
     const int64_t all = current_device().multiprocessors;
-    const int64_t tiles = int64_t{p.batch} * p.num_heads_k * ((p.packed_rows() + kDecodeRows - 1) / kDecodeRows);
-    if (m.seqlen_k < 1024 || tiles > 0.7 * all * ((int64_t{p.batch} * p.num_heads + all - 1) / all)) return nullptr;
+    if (m.seqlen_k < 1024 || p.tiles() > 0.7 * all * ((int64_t{p.batch} * p.num_heads + all - 1) / all)) return nullptr;
   }
   return look_up(Direction::decode, dtype, p);
 }
@@ -176,12 +175,14 @@ int64_t decode(const DecodeParams& params, Dtype dtype, cudaStream_t stream) {
   const Device& device = current_device();
   DecodeParams p = params;
   constexpr int kReserved = 1024;  // of a block, by CUDA
-  // Few rows are done sooner by one large thread block, with half as many pieces to put together; of those of head_dim
-  // 256, which have two warps, it takes two to keep memory busy.
-  const bool one = p.few_rows() && found->head_dim <= 128;
-  const int per_multiprocessor = !one && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
-  p.blocks = device.multiprocessors * per_multiprocessor;
-  p.shared_bytes = (device.shared_bytes + kReserved) / per_multiprocessor - kReserved;
+  // Few rows are done sooner by one large thread block a multiprocessor, with half as many pieces to put together; of
+  // those of head_dim 256, which have two warps, it takes two to keep memory busy, and of those with many rows the
+  // tensor cores, unless there is little to do.
+  const bool large = p.few_rows() && found->head_dim <= 128;
+  const bool little = !p.few_rows() && p.tiles() * p.mask.seqlen_k <= int64_t{512} * device.multiprocessors;
+  const int fit = !large && (device.shared_bytes + kReserved) / (kDecodeBytes + kReserved) > 1 ? 2 : 1;
+  p.blocks = device.multiprocessors * (little ? 1 : fit);
+  p.shared_bytes = (device.shared_bytes + kReserved) / fit - kReserved;
   p.starts_early = device.capability >= 90;
   return found->decode(p, stream);
 }

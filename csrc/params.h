@@ -110,6 +110,7 @@ struct DecodeParams : AttentionParams {
   // Rows of the query heads that share a key head.
   int64_t packed_rows() const { return int64_t{mask.seqlen_q} * heads_per_group; }
   bool few_rows() const { return packed_rows() <= kDecodeFewRows; }
+  int64_t tiles() const { return int64_t{batch} * num_heads_k * ((packed_rows() + kDecodeRows - 1) / kDecodeRows); }
 };
 
 }  // namespace hfp
