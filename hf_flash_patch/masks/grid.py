@@ -156,9 +156,58 @@ def from_rows(grid: Grid, state: torch.Tensor) -> Runs:
 
 def from_columns(grid: Grid, state: torch.Tensor) -> Runs:
     """Columns of blocks of one state each, uint8 (columns,)."""
-    first = torch.cat((state.new_ones(1, dtype=torch.bool), state[1:] != state[:-1])).nonzero()[:, 0]
+    first = torch.cat((state.new_ones(1, dtype=torch.bool), state[1:] != state[:-1])).nonzero()[
+        :, 0
+    ]
     key = torch.arange(grid.rows)[:, None] * grid.columns + first
     return Runs(grid, key.flatten(), state[first].repeat(grid.rows))
+
+
+def from_blocks(grid: Grid, row: torch.Tensor, column: torch.Tensor, state: torch.Tensor) -> Runs:
+    """Some blocks, each once and in order; all others are empty."""
+    key = row * grid.columns + column
+    begins = torch.arange(grid.rows) * grid.columns
+    after = key + 1
+    after = after[after < grid.rows * grid.columns]
+    every = torch.cat((begins, key, after)).unique()
+    states = torch.full_like(every, EMPTY, dtype=torch.uint8)
+    states[torch.searchsorted(every, key)] = state.to(torch.uint8)
+    return Runs(grid, every, states)._merged()
+
+
+def from_rectangles(
+    grid: Grid,
+    top: torch.Tensor,
+    bottom: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+) -> Runs:
+    """Pairs inside of rectangles [top, bottom) x [left, right) of positions, which don't overlap.
+
+    A block is full where rectangles cover it, together or alone.
+    """
+    top, bottom = ((x - grid.q_start).clamp(0, grid.seqlen_q) for x in (top, bottom))
+    left, right = ((x - grid.k_start).clamp(0, grid.seqlen_k) for x in (left, right))
+    there = (top < bottom) & (left < right)
+    top, bottom, left, right = (x[there] for x in (top, bottom, left, right))
+    size = grid.block
+    rows, columns = ((b - 1) // size - a // size + 1 for a, b in ((top, bottom), (left, right)))
+    blocks = rows * columns
+    which = torch.arange(len(blocks)).repeat_interleave(blocks)
+    place = torch.arange(len(which)) - (blocks.cumsum(0) - blocks)[which]
+    row = top[which] // size + place // columns[which]
+    column = left[which] // size + place % columns[which]
+    height = torch.minimum(bottom[which], (row + 1) * size) - torch.maximum(top[which], row * size)
+    width = torch.minimum(right[which], (column + 1) * size) - torch.maximum(
+        left[which], column * size
+    )
+    key, inverse = (row * grid.columns + column).unique(return_inverse=True)
+    covered = torch.zeros_like(key).index_add(0, inverse, height * width)
+    row, column = key // grid.columns, key % grid.columns
+    pairs = (grid.seqlen_q - row * size).clamp(max=size) * (grid.seqlen_k - column * size).clamp(
+        max=size
+    )
+    return from_blocks(grid, row, column, torch.where(covered == pairs, FULL, PARTIAL))
 
 
 def from_states(

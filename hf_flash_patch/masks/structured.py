@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..errors import MaskError
-from .grid import EMPTY, FULL, PARTIAL, Grid, Runs, from_intervals, from_states
+from .grid import Grid, Runs, from_intervals, from_rectangles
 from .pattern import Pattern
 from .tokens import at_least, global_tokens
 
 _BITS = 60  # cells whose states fit a non-negative int64
+_CHUNK = 2**22  # cells that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -34,29 +35,26 @@ class Cells(Pattern):
         """The cell's."""
         return self.cell(q // self.block, k // self.block)
 
+    def live(self, i: range, j: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the cells that are there, each once, among rows i and columns j."""
+        columns = torch.arange(j.start, j.stop)
+        step = max(1, _CHUNK // len(j))
+        found = []
+        for begin in range(i.start, i.stop, step):
+            rows = torch.arange(begin, min(begin + step, i.stop))
+            live = self.cell(rows[:, None], columns).nonzero()
+            found.append(live + torch.tensor([begin, j.start]))
+        row, column = torch.cat(found).unbind(1)
+        return row, column
+
     def runs(self, grid: Grid) -> Runs:
-        """Full where all cells are there, partial where some are."""
-        # A grid's block meets this many cells a side, or one more where it does not start on one.
-        aligned = grid.q_start % self.block == grid.k_start % self.block == 0
-        across = -(-grid.block // self.block)
-        if not aligned or (grid.block % self.block and self.block % grid.block):
-            across += 1
-
-        def states(
-            q: torch.Tensor, q_end: torch.Tensor, k: torch.Tensor, k_end: torch.Tensor
-        ) -> torch.Tensor:
-            some, every = None, None
-            last_i, last_j = (q_end - 1) // self.block, (k_end - 1) // self.block
-            for a in range(across):
-                for b in range(across):
-                    i = (q // self.block + a).clamp(max=last_i)
-                    live = self.cell(i, (k // self.block + b).clamp(max=last_j))
-                    some = live if some is None else some | live
-                    every = live if every is None else every & live
-            assert some is not None and every is not None
-            return torch.where(every, FULL, torch.where(some, PARTIAL, EMPTY))
-
-        return from_states(grid, states)
+        """Of the cells that are there."""
+        i, j = (
+            range(start // self.block, (start + length - 1) // self.block + 1)
+            for start, length in ((grid.q_start, grid.seqlen_q), (grid.k_start, grid.seqlen_k))
+        )
+        row, column = (x * self.block for x in self.live(i, j))
+        return from_rectangles(grid, row, row + self.block, column, column + self.block)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """Where the block stands in its cells, and which of them are there."""
@@ -80,6 +78,11 @@ class Band(Cells):
         """Near enough."""
         return (i - j).abs() <= self.reach
 
+    def live(self, i: range, j: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """The band."""
+        rows = torch.arange(i.start, i.stop)[:, None]
+        return _inside(rows, rows + torch.arange(-self.reach, self.reach + 1), i, j)
+
 
 @dataclass(frozen=True)
 class RandomCells(Cells):
@@ -95,6 +98,25 @@ class RandomCells(Cells):
         for number in range(self.count):
             live = live | (early == _hash(late, self.seed, number) % late.clamp(min=1))
         return live & (late > early)
+
+    def live(self, i: range, j: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was drawn, and the mirror image."""
+        late = torch.arange(1, max(i.stop, j.stop, 1))
+        early = torch.stack(
+            [_hash(late, self.seed, number) % late for number in range(self.count)], dim=1
+        )
+        late = late[:, None].expand_as(early)
+        return _inside(torch.cat((late, early)), torch.cat((early, late)), i, j)
+
+
+def _inside(
+    row: torch.Tensor, column: torch.Tensor, i: range, j: range
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the cells, which broadcast, that lie in i x j, each once."""
+    row, column = (x.flatten() for x in torch.broadcast_tensors(row, column))
+    inside = (row >= i.start) & (row < i.stop) & (column >= j.start) & (column < j.stop)
+    cell = ((row[inside] - i.start) * len(j) + column[inside] - j.start).unique()
+    return cell // len(j) + i.start, cell % len(j) + j.start
 
 
 def _hash(x: torch.Tensor, seed: int, number: int) -> torch.Tensor:
@@ -116,6 +138,14 @@ class Butterfly(Cells):
         differ = i ^ j
         live = (differ & (differ - 1)) == 0  # 0 or a power of two
         return live if self.factors is None else live & (differ < 2**self.factors)
+
+    def live(self, i: range, j: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """The diagonal, and where one bit differs."""
+        bits = max(i.stop, j.stop, 1).bit_length()
+        bits = bits if self.factors is None else min(bits, self.factors)
+        rows = torch.arange(max(i.start, 0), max(i.stop, 0))[:, None]
+        differ = torch.tensor([0, *(2**bit for bit in range(bits))])
+        return _inside(rows, rows ^ differ, i, j)
 
 
 @dataclass(frozen=True)
@@ -155,14 +185,13 @@ class Layout(Cells):
         rows, columns = self.shape[2:]
         keys, queries = grid.k_start + grid.seqlen_k, grid.q_start + grid.seqlen_q
         short = keys > columns * self.block or queries > columns * self.block
-        if rows != columns:
-            short |= grid.q_start != (columns - rows) * self.block
+        short |= grid.q_start < (columns - rows) * self.block
         if short:
             raise MaskError(
                 f"the layout has {rows} x {columns} blocks of {self.block} tokens, for seqlen_q up "
                 f"to {rows * self.block} and seqlen_k up to {columns * self.block}; the call has "
-                f"{grid.seqlen_q} queries from position {grid.q_start} and {keys} keys. Rows and "
-                "columns end with the same position: make the layout for these lengths."
+                f"{grid.seqlen_q} queries from position {grid.q_start} and {keys} keys. The rows "
+                "are the last of the columns' positions: make the layout for these lengths."
             )
 
 
@@ -179,7 +208,9 @@ def _layout(table: torch.Tensor, block: int) -> Layout:
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1)
     rows, columns = table.shape[-2:]
-    return Layout(block, (table.shape[0], table.shape[1], rows, columns), bytes(packed.tolist()).hex())
+    return Layout(
+        block, (table.shape[0], table.shape[1], rows, columns), bytes(packed.tolist()).hex()
+    )
 
 
 @dataclass(frozen=True)
@@ -394,8 +425,8 @@ def from_block_layout(layout: Any, block_size: int) -> Pattern:
     table = table[(None,) * (4 - table.dim())]
     if table.shape[-2] > table.shape[-1]:
         raise MaskError(
-            f"layout has {table.shape[-2]} rows and {table.shape[-1]} columns; queries are the last "
-            "of the keys' positions, so there are at most as many rows."
+            f"layout has {table.shape[-2]} rows and {table.shape[-1]} columns; queries are the "
+            "last of the keys' positions, so there are at most as many rows."
         )
     return _layout(table, at_least("block_size", block_size, 1))
 

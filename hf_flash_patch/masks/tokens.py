@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from ..errors import MaskError
-from .grid import EMPTY, FULL, PARTIAL, Grid, Runs, everywhere, from_columns, from_intervals
+from .grid import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Grid,
+    Runs,
+    everywhere,
+    from_blocks,
+    from_columns,
+    from_intervals,
+)
 from .grid import from_rows as rows_of
 from .pattern import Pattern
 
@@ -36,7 +46,9 @@ class Full(Pattern):
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """True."""
-        return torch.ones(torch.broadcast_shapes(q.shape, k.shape), dtype=torch.bool, device=k.device)
+        return torch.ones(
+            torch.broadcast_shapes(q.shape, k.shape), dtype=torch.bool, device=k.device
+        )
 
     def runs(self, grid: Grid) -> Runs:
         """Full."""
@@ -161,15 +173,24 @@ class Strided(Pattern):
         distance = (q - k).abs()
         return (distance < self.stride) | (distance % self.stride == 0)
 
-    def states(
-        self, q: torch.Tensor, q_end: torch.Tensor, k: torch.Tensor, k_end: torch.Tensor
-    ) -> torch.Tensor:
-        """Blocks whose distances [low, high] hold a multiple of the stride, or a small one."""
-        low, high = q - k_end + 1, q_end - 1 - k
-        near = (high > -self.stride) & (low < self.stride)
-        inside = (low > -self.stride) & (high < self.stride)
-        some = high.div(self.stride, rounding_mode="floor") * self.stride >= low
-        return torch.where(inside, FULL, torch.where(near | some, PARTIAL, EMPTY))
+    def runs(self, grid: Grid) -> Runs:
+        """A window, and the blocks that multiples of the stride cross."""
+        near = Window(self.stride).runs(grid)
+        if self.stride < grid.block:
+            return near | everywhere(grid, PARTIAL)
+        q, q_end = grid.queries()
+        end = grid.k_start + grid.seqlen_k
+        multiples = torch.arange(
+            -(end // self.stride + 1), (grid.q_start + grid.seqlen_q) // self.stride + 2
+        )
+        # Keys [first, last] of a row and a multiple cross two blocks of keys at most.
+        first, last = (p[:, None] - grid.k_start - multiples * self.stride for p in (q, q_end - 1))
+        row = torch.arange(grid.rows)[:, None, None].expand(-1, len(multiples), 2)
+        ends = torch.stack((first, last), dim=-1).clamp(0, grid.seqlen_k - 1)
+        crosses = ((last >= 0) & (first < grid.seqlen_k))[..., None].expand_as(row)
+        key = (row * grid.columns + ends // grid.block)[crosses].unique()
+        far = torch.full_like(key, PARTIAL)
+        return near | from_blocks(grid, key // grid.columns, key % grid.columns, far)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """The distance, modulo the stride where it is far."""
@@ -188,20 +209,17 @@ class Fixed(Pattern):
         """The same block, or a summary token."""
         return (q // self.block == k // self.block) | (k % self.block >= self.block - self.globals_)
 
-    def states(
-        self, q: torch.Tensor, q_end: torch.Tensor, k: torch.Tensor, k_end: torch.Tensor
-    ) -> torch.Tensor:
-        """By the blocks' first and last tokens."""
-        first, last = q // self.block, (q_end - 1) // self.block
-        first_k, last_k = k // self.block, (k_end - 1) // self.block
-        meets = (first <= last_k) & (first_k <= last)
-        same = (first == last) & (first_k == last_k) & (first == first_k)
-        free = self.block - self.globals_
-        # A summary token lies in [k, k_end) if one is in the block of its last key, at or before
-        # it, or the range goes on into a later block.
-        summary = ((k_end - 1) % self.block >= free) | (first_k < last_k)
-        every = (k % self.block >= free) & (first_k == last_k)
-        return torch.where(same | every, FULL, torch.where(meets | summary, PARTIAL, EMPTY))
+    def _summaries(self, end: torch.Tensor) -> torch.Tensor:
+        """Summary tokens before position `end`."""
+        within = (end % self.block - (self.block - self.globals_)).clamp(min=0)
+        return end // self.block * self.globals_ + within
+
+    def runs(self, grid: Grid) -> Runs:
+        """The token's own block, and columns."""
+        k, k_end = grid.keys()
+        count = self._summaries(k_end) - self._summaries(k)
+        state = torch.where(count == k_end - k, FULL, torch.where(count > 0, PARTIAL, EMPTY))
+        return Groups(self.block, 0).runs(grid) | from_columns(grid, state.to(torch.uint8))
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """Where the tokens stand in their blocks, and how far these are apart."""
