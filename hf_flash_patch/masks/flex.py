@@ -26,6 +26,8 @@ class Table(Cells):
 
     table: torch.Tensor
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors have no equality of their own
+
     def cell(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """The table's entry."""
         table = self.table.to(j.device)
@@ -54,6 +56,8 @@ class Flex(Pattern):
     seqlen_k: int
     sequence: int = 0
     head: int = 0
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
     @property
     def batches(self) -> int:
