@@ -17,26 +17,27 @@ _TENSORS = ("row_offsets", "row_entries", "column_offsets", "column_entries", "t
 _CHUNK = 2**24  # elements that `dense` and `from_dense` work on at once
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # immutable all the same; torch.compile makes no frozen ones
 class BlockMask:
     """Who sees whom, as lists of blocks of `block_size` queries and as many keys.
 
     Query i and key j count from 0 within their sequence; nq = ceil(seqlen_q / block_size), nk =
-    ceil(seqlen_k / block_size), n is the number of entries, t that of tiles. Head h of num_heads
-    uses list h * heads // num_heads, sequence b list b, or 0 where there is but one. All tensors
-    are int32 and contiguous.
+    ceil(seqlen_k / block_size), n is the number of entries, t that of tiles. Of H query heads,
+    head h uses list h * num_heads // H; sequence b uses list b, or 0 where there is but one. All
+    tensors are int32 and contiguous.
 
     Attributes:
         seqlen_q, seqlen_k: queries and keys. Of shorter sequences (variable length) the lists are
             right, too, up to their last blocks, whose numbers still count all that is there.
         block_size: 128, or 64; a multiple of 32.
-        row_offsets: (batch or 1, heads or 1, nq + 1); the live blocks of query block r are the
+        batch_size, num_heads: sequences and heads with lists of their own; 1 if all share one.
+        row_offsets: (batch_size, num_heads, nq + 1); the live blocks of query block r are the
             entries row_offsets[b, h, r] to row_offsets[b, h, r + 1], one past the last.
         row_entries: (n, 2), pairs (key block, tile), in each row by rising key block, each block
             at most once. Tile -1: all pairs of the block see each other, as far as the sequences
             go: a reader cuts the last block of keys itself. Entries from the last offset on mean
             nothing, where lists were made without asking their length from the device.
-        column_offsets: (batch or 1, heads or 1, nk + 1), the same lists by key block, for
+        column_offsets: (batch_size, num_heads, nk + 1), the same lists by key block, for
             backward.
         column_entries: (n, 2), pairs (query block, tile), in each column by rising query block.
         tiles: (t, block_size, block_size / 32); bit j % 32 of word [i, j // 32] of an entry's tile
@@ -50,6 +51,8 @@ class BlockMask:
     seqlen_q: int
     seqlen_k: int
     block_size: int
+    batch_size: int
+    num_heads: int
     row_offsets: torch.Tensor
     row_entries: torch.Tensor
     column_offsets: torch.Tensor
@@ -57,16 +60,6 @@ class BlockMask:
     tiles: torch.Tensor
     tiles_t: torch.Tensor
     host: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences with lists of their own; 1 if all share one."""
-        return self.row_offsets.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        """Heads with lists of their own; 1 if all share one."""
-        return self.row_offsets.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +196,17 @@ class BlockMask:
 
         rows, columns = joined("row", seqlen_q), joined("column", seqlen_k)
         shared, turned = (torch.cat([getattr(mask, n) for mask in masks]) for n in _TENSORS[4:])
-        return BlockMask(seqlen_q, seqlen_k, size, *rows, *columns, shared, turned)
+        return BlockMask(
+            seqlen_q,
+            seqlen_k,
+            size,
+            len(masks),
+            masks[0].num_heads,
+            *rows,
+            *columns,
+            shared,
+            turned,
+        )
 
     def to_flex(self, num_heads: int | None = None) -> Any:
         """The same mask for torch's flex_attention; see `flex.to_flex`."""
@@ -269,4 +272,14 @@ def from_grid(
 
     rows = lists(live, tile)
     columns = lists(live.transpose(2, 3).contiguous(), tile.transpose(2, 3))
-    return BlockMask(seqlen_q, seqlen_k, block_size, *rows, *columns, tiles, transpose_tiles(tiles))
+    return BlockMask(
+        seqlen_q,
+        seqlen_k,
+        block_size,
+        shape[0],
+        shape[1],
+        *rows,
+        *columns,
+        tiles,
+        transpose_tiles(tiles),
+    )

@@ -140,13 +140,18 @@ class Pattern:
             MaskError: the pattern was made for another length or number of heads, or block_size is
                 no multiple of 32.
         """
-        from .lowering import lower
+        from .block_mask import BlockMask
+        from .lowering import lower, lowered_parts
 
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         q_start = seqlen_k - seqlen_q + k_start if q_start is None else q_start
         heads = num_heads or self.static_heads or 1
-        grid = Grid(seqlen_q, seqlen_k, q_start, k_start, block_size)
-        return lower(self, grid, heads, torch.device(device))
+        numbers = [seqlen_q, seqlen_k, q_start, k_start, block_size, heads]
+        if torch.compiler.is_compiling():
+            # Written out, a symbolic length becomes a constant, and a guard of the graph.
+            numbers = [int(f"{number}") for number in numbers]
+            return BlockMask(*lowered_parts(self, numbers, torch.device(device)))
+        return lower(self, Grid(*numbers[:5]), heads, torch.device(device))
 
     def density(self, seqlen_q: int, seqlen_k: int | None = None) -> float:
         """Part of all pairs that see each other, 0 to 1, over batches and heads."""

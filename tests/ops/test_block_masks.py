@@ -204,3 +204,22 @@ def test_the_kernels_do_not_read_it_yet():
     q = torch.randn(2, 70, 4, 16)
     with pytest.raises(UnsupportedKernelError, match='backend="cuda" cannot serve'):
         flash_attn_func(q, q, q, block_mask=masks.causal(), backend="cuda")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    """A pattern is lowered while torch traces; its lists are constants of the graph."""
+    pattern = masks.sliding_window(9) & masks.shifted_groups(8)
+
+    def call(q):
+        return flash_attn_func(q, q, q, block_mask=pattern, causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for seqlen in (50, 70):
+        q = torch.randn(1, seqlen, 2, 16, requires_grad=True)
+        out = compiled(q)
+        torch.testing.assert_close(out, call(q))
+        torch.testing.assert_close(
+            torch.autograd.grad(out.sum(), q), torch.autograd.grad(call(q).sum(), q)
+        )
