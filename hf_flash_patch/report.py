@@ -40,8 +40,8 @@ class Report:
         device: device of the weights.
         max_length: maximum context in tokens; None if the model has no limit of its own.
         modules: what happened to the attention modules.
-        mask: the pattern put on top of the model's own masks; None for none.
         notes: anything else a user should know.
+        mask: the pattern put on top of the model's own masks; None for none.
     """
 
     model: str
@@ -51,8 +51,8 @@ class Report:
     device: str
     max_length: int | None
     modules: tuple[ModuleRow, ...]
-    mask: str | None = None
     notes: tuple[str, ...] = ()
+    mask: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data (JSON)."""

@@ -309,3 +309,33 @@ def test_a_mask_for_another_length():
     model = model_of("llama")
     with hfp.patched(model, mask=masks.documents([0] * 30)), pytest.raises(MaskError, match="30"):
         model(token_ids(2, 31))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_compiled(family):
+    model = model_of(family)
+    ids = token_ids(2, 40)
+    real = torch.ones_like(ids)
+    with hfp.patched(model, mask=masks.sliding_window(6) | masks.shifted_groups(8)):
+        expected = model(ids, attention_mask=real).logits
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert_close(compiled(ids, attention_mask=real).logits, expected, "logits")
+
+
+def test_compiled_decode():
+    """A static cache: where the query stands is known to the device alone."""
+    model = model_of("llama")
+    ids = token_ids(2, 21)
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
+    with hfp.patched(model, mask=masks.sliding_window(6) | masks.sinks(2)):
+        expected = model.generate(ids, **options)
+        torch._dynamo.reset()
+        model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+        assert torch.equal(model.generate(ids, **options), expected)
