@@ -169,6 +169,7 @@ class Pattern:
             The picture as text, a character a cell: "█" all pairs, "▒" some, "·" none.
 
         Raises:
+            MaskError: seqlen is no int >= 1.
             ImportError: the suffix is not .svg, and matplotlib is missing.
         """
         from .plot import plot

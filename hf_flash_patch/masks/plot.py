@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .pattern import Pattern
+from .tokens import at_least
 
 MAX_PANELS = 8  # heads that differ beyond that are left out
 _DENSE = 2048  # tokens up to which every pair is looked at
@@ -27,6 +29,7 @@ def fractions(pattern: Pattern, seqlen: int, cells: int = 32) -> torch.Tensor:
     Returns:
         fp64 (heads that differ, at most `MAX_PANELS`, rows, rows); 0 to 1.
     """
+    at_least("a picture's seqlen", seqlen, 1)
     heads = pattern.static_heads or 1
     if seqlen <= _DENSE:
         size = -(-seqlen // cells)
@@ -81,12 +84,15 @@ def _svg(panels: Sequence[Sequence[Sequence[float]]]) -> str:
         x = number * (side + gap)
         lines.append(f'<rect x="{x}" y="0" width="{side}" height="{side}" fill="#eef1f5"/>')
         for i, row in enumerate(panel):
-            for j, part in enumerate(row):
+            j = 0
+            for part, cells in groupby(row):
+                count = len(list(cells))
                 if part:
                     lines.append(
-                        f'<rect x="{x + j * pixel}" y="{i * pixel}" width="{pixel}" '
+                        f'<rect x="{x + j * pixel}" y="{i * pixel}" width="{count * pixel}" '
                         f'height="{pixel}" fill="#1f4e8c" fill-opacity="{max(part, 0.15):.2f}"/>'
                     )
+                j += count
     return "\n".join([*lines, "</svg>", ""])
 
 

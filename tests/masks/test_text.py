@@ -89,7 +89,7 @@ def test_plots(tmp_path, monkeypatch):
     assert masks.causal().plot(3) == "█··\n██·\n███"
     text = masks.shifted_groups(4).plot(8, tmp_path / "groups.svg")
     assert text.count("\n\n") == 1
-    assert (tmp_path / "groups.svg").read_text().count("<rect") == 2 + 32 + 24
+    assert (tmp_path / "groups.svg").read_text().count("<rect") == 2 + 8 + 8
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError):
         masks.causal().plot(64, tmp_path / "x.png")
