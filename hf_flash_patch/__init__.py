@@ -3,6 +3,7 @@
 Importing the package registers the attention name "hfp" with transformers and touches no model.
 """
 
+from . import masks
 from .errors import (
     ContextExtensionError,
     MaskError,
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "masks",
     "patch",
     "patched",
     "unpatch",

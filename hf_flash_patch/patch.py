@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import UnsupportedKernelError, UnsupportedModelError
+from .errors import MaskError, UnsupportedKernelError, UnsupportedModelError
 from .families import family_of
+from .integration.assignment import Assigned, as_settings, assign, describe, set_patterns
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
 from .integration.switch import switch
+from .masks.pattern import Pattern
 from .ops.library import extension_status
 from .report import ModuleRow, Report
 
@@ -34,7 +36,7 @@ def patch(
     max_length: int | None = None,
     rope: str | dict = "auto",
     positions: str = "auto",
-    mask: Any = None,
+    mask: Pattern | Callable[[int], Pattern | None] | None = None,
     tokenizer: Any = None,
     backend: str = "auto",
     strict: bool = True,
@@ -46,7 +48,9 @@ def patch(
         max_length: maximum context in tokens; not available yet.
         rope: how to scale RoPE; not available yet.
         positions: how to grow a learned position table; not available yet.
-        mask: a sparse attention pattern; not available yet.
+        mask: a pattern of `hf_flash_patch.masks`, or a callable from a layer's index to one or
+            None; on top of what the model masks itself, in every self-attention of its text part.
+            Kept in `model.config.hfp`, unless it is code; None keeps what stands there.
         tokenizer: follows `max_length`; without it, nothing happens to a tokenizer.
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda"
             (the compiled kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn
@@ -64,9 +68,10 @@ def patch(
             compiled or sharded. The model is as it was.
         UnsupportedKernelError: the backend is unknown or not available here. The model is as it
             was.
-        NotImplementedError: max_length, rope, positions or mask was given.
+        MaskError: mask is neither, or has patterns for other numbers of heads.
+        NotImplementedError: max_length, rope or positions was given.
     """
-    _refuse_unavailable(max_length=max_length, rope=rope, positions=positions, mask=mask)
+    _refuse_unavailable(max_length=max_length, rope=rope, positions=positions)
     _refuse_wrapped(model)
     roots = pretrained_roots(model)
     if not roots:
@@ -77,10 +82,10 @@ def patch(
         )
     for root in roots:
         _refuse_patched(root)
-    settings = {"backend": _chosen_backend(backend, roots[0].config)}
-    plans = [_plan(root, strict) for root in roots]
+    backend = _chosen_backend(backend, roots[0].config)
+    plans = [_plan(root, strict, backend, mask) for root in roots]
     register()  # someone may have cleared transformers' table
-    return Patch(roots, plans, settings)
+    return Patch(roots, plans, backend)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -112,16 +117,17 @@ class Patch:
         backend: the backend in force.
     """
 
-    def __init__(self, roots: list[PreTrainedModel], plans: list[_Plan], settings: dict[str, Any]):
-        self.backend = settings["backend"]
+    def __init__(self, roots: list[PreTrainedModel], plans: list[_Plan], backend: str):
+        self.backend = backend
         self.reports: tuple[Report, ...] = ()
         self._undo = contextlib.ExitStack()
         self._roots = [weakref.ref(root) for root in roots]
         with self._undo as undo:  # an error below undoes what was done
             for root, plan in zip(roots, plans, strict=True):
-                plan.warnings += switch(root, plan.modules, settings, undo)
+                plan.warnings += switch(root, plan.modules, plan.settings, undo)
+                set_patterns(root, plan.assigned, undo)
             self.reports = tuple(
-                _report(root, plan, settings) for root, plan in zip(roots, plans, strict=True)
+                _report(root, plan) for root, plan in zip(roots, plans, strict=True)
             )
             for text in (text for plan in plans for text in plan.warnings):
                 warnings.warn(text, stacklevel=3)  # may be an error to the caller
@@ -165,18 +171,19 @@ class _Plan:
 
     modules: list[AttentionModule]
     before: dict[str, str]
+    settings: dict[str, Any]
+    assigned: list[Assigned] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of(self, status: str) -> list[AttentionModule]:
         return [module for module in self.modules if module.status == status]
 
 
-def _refuse_unavailable(*, max_length: Any, rope: Any, positions: Any, mask: Any) -> None:
+def _refuse_unavailable(*, max_length: Any, rope: Any, positions: Any) -> None:
     given = {
         "max_length": max_length is not None,
         "rope": rope != "auto",
         "positions": positions != "auto",
-        "mask": mask is not None,
     }
     for name, is_given in given.items():
         if is_given:
@@ -232,10 +239,11 @@ def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
     return backend
 
 
-def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
+def _plan(root: PreTrainedModel, strict: bool, backend: str, mask: Any) -> _Plan:
     name = type(root).__name__
     modules = survey(root)
-    plan = _Plan(modules, {module.name: module.implementation for module in modules})
+    before = {module.name: module.implementation for module in modules}
+    plan = _Plan(modules, before, {"backend": backend})
     served, unsupported = plan.of("served"), plan.of("unsupported")
     if any(getattr(config, "output_attentions", False) for config in configs_of(root)):
         raise UnsupportedModelError(
@@ -257,10 +265,18 @@ def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
         raise UnsupportedModelError(
             f"{name} has no attention that goes through transformers' AttentionInterface."
         )
+    if mask is None:
+        mask = (getattr(root.config, "hfp", None) or {}).get("mask")
+    if mask is not None:
+        plan.assigned = assign(root, modules, mask)
+        if not plan.assigned:
+            raise MaskError(f"{name} has no self-attention that a mask could be for.")
+        with contextlib.suppress(MaskError):  # code; the report says so
+            plan.settings["mask"] = as_settings(plan.assigned)
     return plan
 
 
-def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Report:
+def _report(root: PreTrainedModel, plan: _Plan) -> Report:
     rows: dict[tuple, int] = {}
     for module in plan.modules:
         after = ATTENTION_NAME if module.status == "served" and calls_us(module.module) else "own"
@@ -277,7 +293,14 @@ def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Rep
     family_text = "not in the table"
     if family is not None:
         family_text = f"{family.name} ({family.positions} positions)"
-    backend = settings["backend"]
+    if plan.assigned and "mask" not in plan.settings:
+        notes.append(
+            "mask: made of code, which config.hfp cannot keep; give it again on reloading."
+        )
+    left = sum(module.status == "served" for module in plan.modules) - len(plan.assigned)
+    if plan.assigned and left:
+        notes.append(f"mask: not for {left} modules that attend to another sequence or modality.")
+    backend = plan.settings["backend"]
     if not extension_status().loaded:
         backend += f" (compiled kernels: {extension_status().reason})"
     return Report(
@@ -288,6 +311,7 @@ def _report(root: PreTrainedModel, plan: _Plan, settings: dict[str, Any]) -> Rep
         device=str(parameter.device),
         max_length=getattr(text_config, "max_position_embeddings", None),
         modules=tuple(ModuleRow(k[0], count, *k[1:]) for k, count in rows.items()),
+        mask=describe(plan.assigned) if plan.assigned else None,
         notes=tuple(notes),
     )
 

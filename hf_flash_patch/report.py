@@ -41,6 +41,7 @@ class Report:
         max_length: maximum context in tokens; None if the model has no limit of its own.
         modules: what happened to the attention modules.
         notes: anything else a user should know.
+        mask: the pattern put on top of the model's own masks; None for none.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Report:
     max_length: int | None
     modules: tuple[ModuleRow, ...]
     notes: tuple[str, ...] = ()
+    mask: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data (JSON)."""
@@ -63,13 +65,14 @@ class Report:
             if self.max_length is None
             else f"{self.max_length} tokens (unchanged)"
         )
-        return [
+        facts = [
             ("model", self.model),
             ("family", self.family),
             ("backend", self.backend),
             ("weights", f"{self.dtype} on {self.device}"),
             ("context", context),
         ]
+        return facts if self.mask is None else [*facts, ("mask", self.mask)]
 
     def __str__(self) -> str:
         lines = [f"{label:<9}{value}" for label, value in self.facts()]

@@ -115,7 +115,7 @@ def test_a_second_patch_names_the_first(llama):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"max_length": 128}, {"rope": "yarn"}, {"positions": "tile"}, {"mask": object()}],
+    [{"max_length": 128}, {"rope": "yarn"}, {"positions": "tile"}],
     ids=lambda setting: next(iter(setting)),
 )
 def test_what_is_not_there_yet_names_itself(llama, setting):

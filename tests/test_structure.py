@@ -20,15 +20,16 @@ MAY_IMPORT = {
     "errors": set(),
     "families": set(),
     "report": set(),
-    "ops": {"errors"},
-    "integration": {"errors", "families", "ops"},
-    "patch": {"errors", "families", "integration", "ops", "report"},
+    "masks": {"errors"},
+    "ops": {"errors", "masks"},
+    "integration": {"errors", "families", "masks", "ops"},
+    "patch": {"errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "ops", "testing"},
     "env": {"__init__", "ops"},
-    "cli": {"bench", "env"},
+    "cli": {"bench", "env", "masks"},
     "__main__": {"cli"},
-    "__init__": {"errors", "integration", "ops", "patch"},
+    "__init__": {"errors", "integration", "masks", "ops", "patch"},
 }
 KNOWS_TRANSFORMERS = {"__init__", "families", "integration", "patch"}
 

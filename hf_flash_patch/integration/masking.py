@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..masks.block_mask import BlockMask
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
 from . import packing
@@ -46,6 +47,10 @@ class AttentionMask:
         dense: bool (batch or 1, num_heads or 1, seqlen_q, seqlen_k) or None; what none of the
             above can say.
         device: where its tensors are.
+        q_start, k_start: positions of the first query (a tensor of one element where only the
+            device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
+        block_mask: lists of blocks, or None.
+        combined: this mask under patterns, by pattern; see `sparse.with_pattern`.
     """
 
     batch_size: int
@@ -60,6 +65,10 @@ class AttentionMask:
     key_bits: torch.Tensor | None = None
     doc_range: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+    q_start: int | torch.Tensor | None = None
+    k_start: int = 0
+    block_mask: BlockMask | None = None
+    combined: dict[Any, AttentionMask] = field(default_factory=dict, repr=False)
     _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # What transformers and accelerate ask of a mask they did not make.
@@ -74,17 +83,22 @@ class AttentionMask:
     @property
     def is_plain(self) -> bool:
         """Whether causality and the window are all there is."""
-        hides = (self.seqused_k, self.key_range, self.doc_range, self.dense)
+        hides = (self.seqused_k, self.key_range, self.doc_range, self.dense, self.block_mask)
         return all(rule is None for rule in hides)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on `device`; accelerate moves what a layer is given to its device."""
         names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
-        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in moved.items()
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in names
+            if getattr(self, name) is not None
         }
-        return replace(self, device=torch.device(device), _packed={}, **moved)
+        if isinstance(self.q_start, torch.Tensor):
+            moved["q_start"] = self.q_start.to(device, non_blocking=non_blocking)
+        if self.block_mask is not None:
+            moved["block_mask"] = self.block_mask.to(device)
+        return replace(self, device=torch.device(device), combined={}, _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Ranges of the documents that `position_ids` tell apart; None if there is but one.
@@ -117,10 +131,11 @@ class AttentionMask:
             key_bits=self.key_bits,
             doc_range=packing.intersect(self.doc_range, doc_range),
             attn_bias=self.dense,
+            block_mask=self.block_mask,
         )
 
     def materialise(self, doc_range: torch.Tensor | None = None) -> torch.Tensor:
-        """The dense mask, bool (batch, 1, seqlen_q, seqlen_k); quadratic memory.
+        """The dense mask, bool (batch, heads that differ, seqlen_q, seqlen_k); quadratic memory.
 
         Args:
             doc_range: further ranges, int32 (batch, seqlen, 2), to intersect with.
@@ -144,6 +159,8 @@ class AttentionMask:
         ranges = packing.intersect(self.doc_range, doc_range)
         if ranges is not None:
             visible = visible & _in_range(key, ranges[:, None])
+        if self.block_mask is not None:
+            visible = visible & self.block_mask.dense()
         return visible if self.dense is None else visible & self.dense
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -214,7 +231,15 @@ def hfp_mask(
     dense = sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     dense = dense.expand(batch_size, -1, q_length, kv_length)
     return AttentionMask(
-        batch_size, q_length, kv_length, False, (-1, -1), dense.device, dense=dense
+        batch_size,
+        q_length,
+        kv_length,
+        False,
+        (-1, -1),
+        dense.device,
+        dense=dense,
+        q_start=_kept(q_offset),
+        k_start=kv_offset,
     )
 
 
@@ -318,6 +343,8 @@ def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
         key_range=None if key_range is None else key_range.contiguous(),
         key_bits=key_bits,
         doc_range=None if doc_range is None else doc_range.expand(batch_size, -1, -1),
+        q_start=_kept(request["q_offset"]),
+        k_start=request["kv_offset"],
     )
 
 
@@ -332,6 +359,11 @@ def _key_padding(
     # A static cache is longer than the tokens seen so far.
     columns = F.pad(columns, (0, seqlen_k - columns.shape[1]), value=False).expand(batch_size, -1)
     return None if _may_read(columns) and columns.all() else columns
+
+
+def _kept(offset: int | torch.Tensor) -> int | torch.Tensor:
+    """The offset as it is now: a static cache counts on in the tensor it hands out."""
+    return offset.clone() if isinstance(offset, torch.Tensor) else offset
 
 
 def _in_range(key: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:

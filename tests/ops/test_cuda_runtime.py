@@ -118,7 +118,9 @@ def test_opcheck():
     scalars = (0.25, True, -1, -1, 0.0, 0.0)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     ops = torch.ops.hf_flash_patch
-    torch.library.opcheck(ops.attention.default, (*leaves, *masks, None, *scalars, True, "cuda"))
+    torch.library.opcheck(
+        ops.attention.default, (*leaves, *masks, *[None] * 9, *scalars, True, "cuda")
+    )
     torch.library.opcheck(ops.cuda_forward.default, (q, k, v, *masks, *scalars))
     out, lse = ops.cuda_forward(q, k, v, *masks, *scalars)
     torch.library.opcheck(
