@@ -236,6 +236,17 @@ class BlockMask:
             turned,
         )
 
+    def verify(self) -> None:
+        """Check lists of one's own making, values included; reads the device.
+
+        Raises:
+            MaskError: a tensor's shape, dtype or device; offsets, blocks or tiles out of range;
+                blocks out of order or twice; lists by row and by column that differ.
+        """
+        from .verify import verify
+
+        verify(self)
+
     def to_flex(self, num_heads: int | None = None) -> Any:
         """The same mask for torch's flex_attention; see `flex.to_flex`."""
         from .flex import to_flex
