@@ -101,7 +101,7 @@ def hfp_attention(
     mask, bias = request.resolve(attention_mask, is_causal, sliding_window)
     pattern = pattern_of(module)
     if pattern is not None:
-        mask = with_pattern(mask, pattern, query.shape[1])
+        mask = with_pattern(mask, pattern, query, key)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
 

@@ -3,8 +3,8 @@
 transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What
 the kernels can express (causal, windows, padding, documents, a cache longer than what is used)
 becomes a few numbers and tensors linear in the sequence, on the device and without a host sync.
-Every other request is materialised, by transformers' own code, as a dense boolean mask: exact, for
-the torch backend.
+Every other request is materialised, by transformers' own code, as bits of blocks: exact, also
+without a sync, at an eighth of the memory of a boolean mask.
 """
 
 from __future__ import annotations
@@ -228,19 +228,35 @@ def hfp_mask(
     mask = None if pattern is None else _compact(pattern, request)
     if mask is not None:
         return mask
-    dense = sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    dense = dense.expand(batch_size, -1, q_length, kv_length)
-    return AttentionMask(
-        batch_size,
-        q_length,
-        kv_length,
-        False,
-        (-1, -1),
-        dense.device,
-        dense=dense,
-        q_start=_kept(q_offset),
-        k_start=kv_offset,
+    return _materialised(request)
+
+
+def _materialised(request: dict[str, Any]) -> AttentionMask:
+    """The request by transformers' own code: bits of blocks, or of keys for a single query."""
+    batch_size, seqlen_q, seqlen_k = (request[n] for n in ("batch_size", "q_length", "kv_length"))
+    first = request["q_offset"]
+
+    def rows_of(rows: slice) -> torch.Tensor:
+        part = {**request, "q_length": rows.stop - rows.start, "q_offset": first + rows.start}
+        seen = sdpa_mask(**part, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return seen.expand(batch_size, 1, part["q_length"], seqlen_k)
+
+    mask = AttentionMask(
+        batch_size=batch_size,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        causal=False,
+        window_size=(-1, -1),
+        device=torch.device(request["device"]),
+        q_start=_kept(first),
+        k_start=request["kv_offset"],
     )
+    if seqlen_q != 1:
+        shape = (batch_size, 1, seqlen_q, seqlen_k)
+        return replace(mask, block_mask=BlockMask.from_rows(rows_of, shape, mask.device))
+    visible = rows_of(slice(0, 1))[:, 0, 0]
+    key_range, key_bits = pack_key_padding(visible)
+    return replace(mask, key_padding=visible, key_range=key_range, key_bits=key_bits)
 
 
 def _read(

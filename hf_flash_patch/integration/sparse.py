@@ -14,6 +14,7 @@ from torch import nn
 
 from ..masks.block_mask import BlockMask
 from ..masks.pattern import Pattern
+from ..masks.top_k import TopKBlocks
 from ..ops.padding import pack_key_padding
 from . import packing
 from .masking import AttentionMask
@@ -26,18 +27,47 @@ def pattern_of(module: nn.Module) -> Pattern | None:
     return getattr(module, PATTERN_ATTRIBUTE, None)
 
 
-def with_pattern(mask: AttentionMask, pattern: Pattern, num_heads: int) -> AttentionMask:
+def with_pattern(
+    mask: AttentionMask, pattern: Pattern, query: torch.Tensor, key: torch.Tensor
+) -> AttentionMask:
     """What both a call's mask and a pattern let through; once a forward for all layers alike.
+
+    Args:
+        mask: the call's.
+        pattern: of positions, or chosen by query and key.
+        query, key: (batch, heads, seqlen, head_dim).
 
     Raises:
         MaskError: the pattern was made for another length or number of heads.
     """
+    if isinstance(pattern, TopKBlocks):
+        return _choose(mask, pattern, query, key)
+    num_heads = query.shape[1]
     if torch.compiler.is_compiling():
         return _combine(mask, pattern, num_heads)
-    key = (pattern, num_heads)
-    if key not in mask.combined:
-        mask.combined[key] = _combine(mask, pattern, num_heads)
-    return mask.combined[key]
+    known = (pattern, num_heads)
+    if known not in mask.combined:
+        mask.combined[known] = _combine(mask, pattern, num_heads)
+    return mask.combined[known]
+
+
+def _choose(
+    mask: AttentionMask, pattern: TopKBlocks, query: torch.Tensor, key: torch.Tensor
+) -> AttentionMask:
+    if mask.seqlen_q == 1:
+        return mask
+    chosen = pattern.select(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        causal=mask.causal,
+        q_start=mask.q_start,
+        k_start=mask.k_start,
+        key_padding=mask.key_padding,
+    )
+    if mask.block_mask is not None:
+        seen, other = _same_heads(chosen.dense(), mask.block_mask.dense())
+        chosen = BlockMask.from_dense(seen & other)
+    return replace(mask, block_mask=chosen, combined={})
 
 
 def _combine(mask: AttentionMask, pattern: Pattern, num_heads: int) -> AttentionMask:

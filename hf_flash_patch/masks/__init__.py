@@ -24,6 +24,7 @@ from .tokens import (
     sliding_window,
     strided,
 )
+from .top_k import top_k_blocks
 
 __all__ = [
     "BlockMask",
@@ -46,4 +47,5 @@ __all__ = [
     "sinks",
     "sliding_window",
     "strided",
+    "top_k_blocks",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .bits import WORD_BITS, pack_bits, transpose_tiles, unpack_bits
 FULL_TILE = -1  # an entry's tile where every pair of the block sees each other
 
 _TENSORS = ("row_offsets", "row_entries", "column_offsets", "column_entries", "tiles", "tiles_t")
-_CHUNK = 2**24  # elements that `dense` and `from_dense` work on at once
+_CHUNK = 2**24  # elements that `from_rows` works on at once
 
 
 @dataclass(eq=False)  # immutable all the same; torch.compile makes no frozen ones
@@ -144,23 +144,51 @@ class BlockMask:
                 f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}; it has to be bool "
                 "(batch or 1, heads or 1, seqlen_q, seqlen_k)."
             )
-        batch, heads, seqlen_q, seqlen_k = mask.shape
-        rows, columns = -(-seqlen_q // block_size), -(-seqlen_k // block_size)
-        blocks = mask.new_zeros(batch * heads, rows * block_size, columns * block_size)
-        blocks[:, :seqlen_q, :seqlen_k] = mask.flatten(0, 1)
-        blocks = blocks.unflatten(2, (columns, block_size)).unflatten(1, (rows, block_size))
-        blocks = blocks.transpose(2, 3)  # list, row, column, query, key
-        height = (seqlen_q - torch.arange(rows, device=mask.device) * block_size)[:, None]
-        width = seqlen_k - torch.arange(columns, device=mask.device) * block_size
-        pairs = height.clamp(max=block_size) * width.clamp(max=block_size)
-        seen = blocks.sum(dim=(3, 4))
-        number = torch.arange(batch * heads * rows * columns, device=mask.device)
-        tile = torch.where(seen == pairs, FULL_TILE, number.view(seen.shape))
-        tiles = blocks.flatten(0, 2)
-        live = (seen > 0).view(batch, heads, rows, columns)
-        return from_grid(
-            live, tile.view(live.shape), pack_bits(tiles), seqlen_q, seqlen_k, block_size
+        return BlockMask.from_rows(
+            lambda rows: mask[:, :, rows], mask.shape, mask.device, block_size
         )
+
+    @staticmethod
+    def from_rows(
+        rows_of: Callable[[slice], torch.Tensor],
+        shape: Sequence[int],
+        device: torch.device | str,
+        block_size: int = 128,
+    ) -> BlockMask:
+        """`from_dense` of a mask that is made a few rows at a time.
+
+        Args:
+            rows_of: from rows to a bool (batch or 1, heads or 1, rows, seqlen_k) on `device`.
+            shape: (batch or 1, heads or 1, seqlen_q, seqlen_k).
+            device: where the lists are to be.
+            block_size: tokens a block, a multiple of 32.
+        """
+        batch, heads, seqlen_q, seqlen_k = shape
+        rows, columns = -(-seqlen_q // block_size), -(-seqlen_k // block_size)
+        width = (seqlen_k - torch.arange(columns, device=device) * block_size).clamp(max=block_size)
+        step = max(1, _CHUNK // max(1, batch * heads * columns * block_size**2))
+        tiles, live, full = [], [], []
+        for first in range(0, rows, step):
+            some = slice(first * block_size, min((first + step) * block_size, seqlen_q))
+            part = rows_of(some)
+            count = -(-(some.stop - some.start) // block_size)
+            padded = part.new_zeros(batch, heads, count * block_size, columns * block_size)
+            padded[:, :, : some.stop - some.start, :seqlen_k] = part
+            blocks = padded.unflatten(3, (columns, block_size)).unflatten(2, (count, block_size))
+            blocks = blocks.transpose(3, 4)  # batch, head, row, column, query, key
+            seen = blocks.sum(dim=(4, 5))
+            height = seqlen_q - torch.arange(first, first + count, device=device) * block_size
+            pairs = height.clamp(max=block_size)[:, None] * width
+            live.append(seen > 0)
+            full.append(seen == pairs)
+            tiles.append(pack_bits(blocks))
+        if not tiles or not columns:
+            return _nothing(batch, heads, seqlen_q, seqlen_k, block_size, torch.device(device))
+        number = torch.arange(batch * heads * rows * columns, device=device)
+        grid = torch.cat(live, dim=2)
+        tile = torch.where(torch.cat(full, dim=2), FULL_TILE, number.view(grid.shape))
+        bits = torch.cat(tiles, dim=2).flatten(0, 3)
+        return from_grid(grid, tile, bits, seqlen_q, seqlen_k, block_size)
 
     @staticmethod
     def stack(masks: Sequence[BlockMask]) -> BlockMask:
@@ -208,6 +236,17 @@ class BlockMask:
             turned,
         )
 
+    def verify(self) -> None:
+        """Check lists of one's own making, values included; reads the device.
+
+        Raises:
+            MaskError: a tensor's shape, dtype or device; offsets, blocks or tiles out of range;
+                blocks out of order or twice; lists by row and by column that differ.
+        """
+        from .verify import verify
+
+        verify(self)
+
     def to_flex(self, num_heads: int | None = None) -> Any:
         """The same mask for torch's flex_attention; see `flex.to_flex`."""
         from .flex import to_flex
@@ -233,6 +272,22 @@ def check_block_size(block_size: int) -> None:
             f"block_size is {block_size}; it has to be a multiple of {WORD_BITS}. Patterns of "
             "other blocks (from_block_layout, butterfly, ...) are lowered to it exactly."
         )
+
+
+def _nothing(
+    batch: int, heads: int, seqlen_q: int, seqlen_k: int, block_size: int, device: torch.device
+) -> BlockMask:
+    """Of no queries or no keys."""
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    rows, columns = (
+        (zeros(batch, heads, -(-length // block_size) + 1), zeros(0, 2))
+        for length in (seqlen_q, seqlen_k)
+    )
+    tiles = zeros(0, block_size, block_size // 32)
+    return BlockMask(seqlen_q, seqlen_k, block_size, batch, heads, *rows, *columns, tiles, tiles)
 
 
 def from_grid(

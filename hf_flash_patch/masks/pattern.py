@@ -30,6 +30,11 @@ class Pattern:
     """
 
     @property
+    def positional(self) -> bool:
+        """Whether positions alone decide; else q and k do, at each call."""
+        return True
+
+    @property
     def static_heads(self) -> int:
         """How many patterns there are among the heads, 0 for one a head; head h of num_heads uses
         number h * static_heads // num_heads."""
@@ -177,13 +182,13 @@ class Pattern:
         return plot(self, seqlen, path, cells)
 
     def __and__(self, other: Pattern) -> Pattern:
-        return And(self, _pattern(other, "&"))
+        return And(_pattern(self, "&"), _pattern(other, "&"))
 
     def __or__(self, other: Pattern) -> Pattern:
-        return Or(self, _pattern(other, "|"))
+        return Or(_pattern(self, "|"), _pattern(other, "|"))
 
     def __invert__(self) -> Pattern:
-        return Not(self)
+        return Not(_pattern(self, "~"))
 
     def __str__(self) -> str:
         from .text import text_of
@@ -199,6 +204,11 @@ def _pattern(value: Any, operator: str) -> Pattern:
         raise MaskError(
             f"a pattern {operator} a {type(value).__name__}; both have to be patterns of "
             "hf_flash_patch.masks (from_block_layout, from_mask_mod and from_flex make them)."
+        )
+    if not value.positional:
+        raise MaskError(
+            f"{value} is chosen anew at each call; it cannot be part of an expression with "
+            f"{operator}."
         )
     return value
 

@@ -397,7 +397,8 @@ def per_head(patterns: Sequence[Pattern]) -> Pattern:
     if not patterns:
         raise MaskError("per_head got no patterns; give one a head.")
     for pattern in patterns:
-        if not isinstance(pattern, Pattern) or (pattern.static_heads, pattern.batches) != (1, 1):
+        alike = isinstance(pattern, Pattern) and (pattern.static_heads, pattern.batches) == (1, 1)
+        if not alike or not pattern.positional:
             raise MaskError(
                 f"per_head got {pattern}; each has to be a pattern that is the same for all heads "
                 "and sequences."

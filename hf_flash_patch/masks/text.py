@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import MaskError
-from . import structured, tokens
+from . import structured, tokens, top_k
 from .pattern import And, Not, Or, Pattern
 
 # What a user writes.
@@ -33,6 +33,7 @@ _FUNCTIONS: dict[str, Callable[..., Pattern]] = {
         structured.documents,
         structured.per_head,
         structured.from_block_layout,
+        top_k.top_k_blocks,
     )
 }
 
@@ -71,6 +72,8 @@ def text_of(pattern: Pattern) -> str:
             return f"~{_operand(of)}"
         case structured.PerHead(patterns):
             return f"per_head([{', '.join(map(text_of, patterns))}])"
+        case top_k.TopKBlocks(count, block, per_group):
+            return f"top_k_blocks({count}, block_size={block}, per_group={per_group})"
     name, arguments = _call(pattern)
     return f"{name}({', '.join(map(repr, arguments))})"
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ..errors import MaskError
 from ..masks.block_mask import BlockMask
 from ..masks.pattern import Pattern
+from ..masks.top_k import TopKBlocks
 from .arguments import MaskArguments, check_options, check_tensors
 from .backends import resolve_backend
 from .dropout import new_rng_state
@@ -80,7 +81,10 @@ def flash_attn_func(
     mask = _padding_arguments(key_padding_mask, k)
     if block_mask is not None:
         check_tensors(q, k, v, varlen=False)
-        lowered = _lowered(block_mask, q.shape[1], k.shape[1], q)
+        if isinstance(block_mask, TopKBlocks):
+            lowered = block_mask.select(q, k, causal=causal, key_padding=key_padding_mask)
+        else:
+            lowered = _lowered(block_mask, q.shape[1], k.shape[1], q)
         mask = replace(mask or _NO_MASK, block_mask=lowered)
     return attention(
         q,
@@ -365,6 +369,11 @@ def _lowered_varlen(
     """One list for all sequences where positions count from each one's start, else one each."""
     assert mask.max_seqlen_q is not None and mask.max_seqlen_k is not None
     assert mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None
+    if isinstance(block_mask, TopKBlocks):
+        raise MaskError(
+            f"{block_mask} is for the dense layout; with cu_seqlens, call flash_attn_func for each "
+            "sequence, or use a pattern of positions."
+        )
     longest = max(mask.max_seqlen_q, mask.max_seqlen_k)
     one_each = isinstance(block_mask, Pattern) and block_mask.batches > 1
     if isinstance(block_mask, BlockMask) or mask.cu_seqlens_q is mask.cu_seqlens_k:
