@@ -1,5 +1,6 @@
-// torch.ops.hf_flash_patch.cuda_forward and cuda_backward: tensors to params.h. The schemas, and what a caller is told
-// of bad input, are in hf_flash_patch/ops; here only what would otherwise read out of bounds is checked again.
+// torch.ops.hf_flash_patch.cuda_[block_]forward and cuda_[block_]backward: tensors to params.h. The schemas, and what a
+// caller is told of bad input, are in hf_flash_patch/ops; here only what would otherwise read out of bounds is checked
+// again.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
@@ -47,6 +48,11 @@ struct Call {
   double softcap, dropout_p;
 
   bool varlen() const { return cu_seqlens_q.has_value(); }
+};
+
+// A BlockMask's tensors, see hf_flash_patch/masks/block_mask.py.
+struct ListTensors {
+  Tensor row_offsets, row_entries, column_offsets, column_entries, tiles, tiles_t;
 };
 
 void check_i32(const OptionalTensor& t, int64_t numel, const char* what) {
@@ -123,15 +129,39 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   p.exp2_scale = static_cast<float>(p.is_general() ? kLog2e : c.softmax_scale * kLog2e);
 }
 
-std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
-                                        OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                        OptionalTensor seqused_k, OptionalTensor key_range, OptionalTensor key_bits,
-                                        OptionalTensor doc_range, OptionalTensor alibi_slopes, OptionalTensor rng_state,
-                                        double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-                                        double softcap, double dropout_p) {
-  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
-                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
-                  window_left,  window_right, softcap,      dropout_p};
+void fill_lists(AttentionParams& p, const ListTensors& t) {
+  for (const Tensor* x : {&t.row_offsets, &t.row_entries, &t.column_offsets, &t.column_entries, &t.tiles, &t.tiles_t}) {
+    require(x->scalar_type() == ScalarType::Int && x->is_contiguous(), "block lists have to be int32, contiguous");
+  }
+  const auto blocks = [](int seqlen) { return (int64_t{seqlen} + kListBlock - 1) / kListBlock; };
+  require(t.row_offsets.dim() == 3 && t.column_offsets.dim() == 3, "offsets have to be (batch, heads, blocks + 1)");
+  const int64_t batch = t.row_offsets.size(0), heads = t.row_offsets.size(1);
+  require(t.column_offsets.size(0) == batch && t.column_offsets.size(1) == heads, "offsets differ in batch or heads");
+  require((batch == 1 || batch == p.batch) && heads > 0 && p.num_heads % heads == 0,
+          "block lists are for another batch or number of heads");
+  require(t.row_offsets.size(2) > blocks(p.mask.seqlen_q) && t.column_offsets.size(2) > blocks(p.mask.seqlen_k),
+          "block lists are for shorter sequences");
+  for (const Tensor* x : {&t.row_entries, &t.column_entries})
+    require(x->dim() == 2 && x->size(1) == 2, "entries have to be (n, 2)");
+  for (const Tensor* x : {&t.tiles, &t.tiles_t}) {
+    require(x->dim() == 3 && x->size(1) == kListBlock && x->size(2) == kListBlock / 32,
+            "tiles have to be (n, 128, 4): the compiled kernels read blocks of 128");
+  }
+  BlockLists& l = p.mask.lists;
+  l.row_offsets = static_cast<const int*>(t.row_offsets.data_ptr());
+  l.row_entries = static_cast<const BlockEntry*>(t.row_entries.data_ptr());
+  l.column_offsets = static_cast<const int*>(t.column_offsets.data_ptr());
+  l.column_entries = static_cast<const BlockEntry*>(t.column_entries.data_ptr());
+  l.tiles = static_cast<const uint32_t*>(t.tiles.data_ptr());
+  l.tiles_t = static_cast<const uint32_t*>(t.tiles_t.data_ptr());
+  l.rows = static_cast<int>(t.row_offsets.size(2)) - 1;
+  l.columns = static_cast<int>(t.column_offsets.size(2)) - 1;
+  l.heads_per_list = p.num_heads / static_cast<int>(heads);
+  l.lists_per_sequence = batch == 1 ? 0 : static_cast<int>(heads);
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Call& call,
+                                       const ListTensors* lists) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int rows = call.varlen() ? 0 : 1;
   const Dtype dtype = dtype_of(q);
@@ -140,6 +170,7 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
   Tensor lse = empty(q, {lse_size + 1 - rows, size_t(2 + rows)}, ScalarType::Float);
   DecodeParams p;
   fill(p, q, k, v, out, lse, call);
+  if (lists) fill_lists(p, *lists);
   OptionalTensor scratch;
   if (const int64_t bytes = decode(p, dtype, nullptr)) {
     scratch = empty(q, {bytes}, ScalarType::Byte);
@@ -155,15 +186,9 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_backward(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
-    OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range, OptionalTensor alibi_slopes,
-    OptionalTensor rng_state, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-    double softcap, double dropout_p, bool deterministic) {
-  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
-                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
-                  window_left,  window_right, softcap,      dropout_p};
+std::tuple<Tensor, Tensor, Tensor> run_backward(Tensor dout, OptionalTensor dlse, const Tensor& q, const Tensor& k,
+                                                const Tensor& v, const Tensor& out, const Tensor& lse, const Call& call,
+                                                const ListTensors* lists, bool deterministic) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Dtype dtype = dtype_of(q);
   const auto like = [](const Tensor& t) { return empty(t, t.sizes(), t.scalar_type()); };
@@ -173,6 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
 
   BackwardParams p;
   fill(p, q, k, v, out, lse, call);
+  if (lists) fill_lists(p, *lists);
   p.dout = view(dout);
   p.dq = view(dq);
   p.dk = view(dk);
@@ -187,6 +213,58 @@ std::tuple<Tensor, Tensor, Tensor> cuda_backward(
   return {dq, dk, dv};
 }
 
+std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
+                                        OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                        OptionalTensor seqused_k, OptionalTensor key_range, OptionalTensor key_bits,
+                                        OptionalTensor doc_range, OptionalTensor alibi_slopes, OptionalTensor rng_state,
+                                        double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+                                        double softcap, double dropout_p) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
+  return run_forward(q, k, v, call, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cuda_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
+    OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range, OptionalTensor alibi_slopes,
+    OptionalTensor rng_state, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+    double softcap, double dropout_p, bool deterministic) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
+  return run_backward(dout, dlse, q, k, v, out, lse, call, nullptr, deterministic);
+}
+
+// The same under block lists. Operators of their own: six more arguments would cost every call a microsecond.
+std::tuple<Tensor, Tensor> cuda_block_forward(
+    Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t max_seqlen_q,
+    int64_t max_seqlen_k, OptionalTensor seqused_k, OptionalTensor key_range, OptionalTensor key_bits,
+    OptionalTensor doc_range, OptionalTensor alibi_slopes, OptionalTensor rng_state, Tensor row_offsets,
+    Tensor row_entries, Tensor column_offsets, Tensor column_entries, Tensor tiles, Tensor tiles_t,
+    double softmax_scale, bool causal, int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
+  const ListTensors lists{row_offsets, row_entries, column_offsets, column_entries, tiles, tiles_t};
+  return run_forward(q, k, v, call, &lists);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cuda_block_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, OptionalTensor seqused_k,
+    OptionalTensor key_range, OptionalTensor key_bits, OptionalTensor doc_range, OptionalTensor alibi_slopes,
+    OptionalTensor rng_state, Tensor row_offsets, Tensor row_entries, Tensor column_offsets, Tensor column_entries,
+    Tensor tiles, Tensor tiles_t, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+    double softcap, double dropout_p, bool deterministic) {
+  const Call call{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k,     key_range,
+                  key_bits,     doc_range,    alibi_slopes, rng_state,    softmax_scale, causal,
+                  window_left,  window_right, softcap,      dropout_p};
+  const ListTensors lists{row_offsets, row_entries, column_offsets, column_entries, tiles, tiles_t};
+  return run_backward(dout, dlse, q, k, v, out, lse, call, &lists, deterministic);
+}
+
 std::string cuda_instances() { return compiled_instances(); }
 
 }  // namespace
@@ -194,6 +272,8 @@ std::string cuda_instances() { return compiled_instances(); }
 STABLE_TORCH_LIBRARY_IMPL(hf_flash_patch, CUDA, m) {
   m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+  m.impl("cuda_block_forward", TORCH_BOX(&cuda_block_forward));
+  m.impl("cuda_block_backward", TORCH_BOX(&cuda_block_backward));
 }
 STABLE_TORCH_LIBRARY_IMPL(hf_flash_patch, CompositeExplicitAutograd, m) {
   m.impl("cuda_instances", TORCH_BOX(&cuda_instances));

@@ -154,7 +154,7 @@ const Instance& find(Direction direction, Dtype dtype, const Params& p) {
 // Null if the call is for forward.
 const Instance* decoder(const DecodeParams& p, Dtype dtype) {
   const MaskParams& m = p.mask;
-  if (m.seqlen_q > kDecodeRows || m.seqlen_k < 256 || p.dropout.rng_state) return nullptr;
+  if (m.seqlen_q > kDecodeRows || m.seqlen_k < 256 || p.dropout.rng_state || m.lists.row_offsets) return nullptr;
   if (!p.few_rows()) {
     // Measured: forward takes as long for its tiles on each multiprocessor as decode for 0.7 of its own.
     const int64_t all = current_device().multiprocessors;

@@ -18,6 +18,27 @@ struct TensorView {
   bool aligned = false;  // every row starts on 16 bytes, so that rows may be copied in 16-byte pieces
 };
 
+// A mask as lists of blocks of kListBlock queries and as many keys, by row of blocks and, for backward, by column;
+// rising within a list. A block that is in no list hides all its pairs, one that has no tile of bits shows them all.
+constexpr int kListBlock = 128;
+constexpr int kFullTile = -1;
+struct BlockEntry {
+  int block;  // of keys, or of queries in a column
+  int bits;   // number of its tile, or kFullTile
+};
+struct BlockLists {
+  const int* row_offsets = nullptr;  // [lists, rows + 1] list l of row r is row_entries [r] to [r + 1]; null: no lists
+  const BlockEntry* row_entries = nullptr;
+  const int* column_offsets = nullptr;  // [lists, columns + 1]
+  const BlockEntry* column_entries = nullptr;
+  const uint32_t* tiles = nullptr;    // [tiles, kListBlock, kListBlock / 32] bit j % 32 of word [i, j / 32]: i sees j
+  const uint32_t* tiles_t = nullptr;  // the same transposed
+  int rows = 0;
+  int columns = 0;
+  int heads_per_list = 1;      // query heads that share a list
+  int lists_per_sequence = 0;  // 0: all sequences share theirs
+};
+
 // Which (query, key) pairs see each other. Everything that depends on data lives on the device: nothing here costs a
 // sync.
 struct MaskParams {
@@ -32,10 +53,12 @@ struct MaskParams {
   int seqlen_k = 0;
   int window_left = -1;   // keys to the left of the diagonal; negative: no limit
   int window_right = -1;  // causal is window_right = 0
+  BlockLists lists;
 
   // Whether tiles may see different numbers of keys.
   bool uneven() const {
-    return window_left >= 0 || window_right >= 0 || cu_seqlens_q || seqused_k || key_range || doc_range;
+    return window_left >= 0 || window_right >= 0 || cu_seqlens_q || seqused_k || key_range || doc_range ||
+           lists.row_offsets;
   }
 };
 

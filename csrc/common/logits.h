@@ -3,6 +3,8 @@
 // first element is at (row + 16 i, col + 8 j).
 #pragma once
 
+#include <type_traits>
+
 #include "common/dropout.h"
 #include "common/mask.h"
 
@@ -10,7 +12,28 @@ namespace hfp {
 
 // What a kernel is compiled for. Masks are always there and cost nothing in full blocks; what changes every logit or
 // every probability has its own instance.
-enum class Variant { kPlain, kDropout, kGeneral };  // kGeneral: softcap, ALiBi, any scale, with or without dropout
+enum class Variant {
+  kPlain,
+  kDropout,
+  kBlocks,   // block lists, with or without dropout
+  kGeneral,  // softcap, ALiBi, any scale, with or without dropout and block lists
+};
+constexpr bool reads_lists(Variant v) { return v == Variant::kBlocks || v == Variant::kGeneral; }
+
+// Calls run(std::integral_constant<Variant, ...>) with what a call needs.
+template <class Run>
+auto with_variant(const AttentionParams& p, Run run) {
+  if (p.is_general()) return run(std::integral_constant<Variant, Variant::kGeneral>());
+  if (p.mask.lists.row_offsets) return run(std::integral_constant<Variant, Variant::kBlocks>());
+  if (p.dropout.rng_state) return run(std::integral_constant<Variant, Variant::kDropout>());
+  return run(std::integral_constant<Variant, Variant::kPlain>());
+}
+
+// Whether a kernel of the variant drops what it keeps no bit for.
+template <Variant kVariant>
+__device__ __forceinline__ bool drops(const DropoutParams& p) {
+  return kVariant == Variant::kDropout || (kVariant != Variant::kPlain && p.rng_state);
+}
 
 // tanh without the library's branches: absolute error 1e-7, which softcap multiplies by some 30.
 __device__ __forceinline__ float tanh_exp(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
@@ -44,6 +67,11 @@ class LogitBias {
  private:
   float scale_, softcap_, inv_softcap_, slope_;
 };
+
+// The words of row i of a tile of bits from column j on; both count from the sequence's start.
+__device__ __forceinline__ const uint32_t* tile_row(const uint32_t* tiles, int tile, int i, int j) {
+  return tiles + ((int64_t{tile} * kListBlock + i % kListBlock) * kListBlock + j % kListBlock) / 32;
+}
 
 // Hides what the mask hides, element by element, with the tests that the block needs (`why`, see Mask::hidden). `start`
 // is the warp's first column: a multiple of 32, or of 16 if the warp has no more than 16 columns.
@@ -79,6 +107,27 @@ __device__ __forceinline__ void mask_elements(const M& mask, unsigned why, float
   }
 }
 
+// Hides what a tile of bits hides, in the same accumulator.
+template <int kM, int kN>
+__device__ __forceinline__ void mask_by_tile(const BlockLists& lists, int bits, float (&s)[kM][kN][4], int row,
+                                             int start, int lane) {
+#pragma unroll
+  for (int i = 0; i < kM; ++i)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t* from = tile_row(lists.tiles, bits, row + 16 * i + 8 * h, start);
+#pragma unroll
+      for (int w = 0; w < (kN + 3) / 4; ++w) {
+        const uint32_t word = from[w] >> ((start & 31) + 2 * (lane & 3));
+#pragma unroll
+        for (int c = 0; c < 8 && 8 * w + c < 2 * kN; ++c) {
+          const int j = 4 * w + c / 2;
+          if (!(word >> (8 * (j % 4) + c % 2) & 1u)) s[i][j][2 * h + c % 2] = -INFINITY;
+        }
+      }
+    }
+}
+
 // The same on a transposed accumulator, 16 keys by 8 rows a [j]: this thread's keys g and g + 8 are seen by the rows
 // `seen`, its first element belongs to row `row`.
 template <int kN>
@@ -97,6 +146,25 @@ __device__ __forceinline__ void mask_transposed(unsigned why, float (&s)[kN][4],
   };
   if (why & kPastRange) hide_where([](int r, int begin, int) { return r < begin; });
   if (why & (kBeforeRange | kByBits)) hide_where([](int r, int, int end) { return r >= end; });
+}
+
+// Hides what a tile of bits hides in a transposed accumulator whose first element belongs to `key` and `row`.
+template <int kN>
+__device__ __forceinline__ void mask_transposed_by_tile(const BlockLists& lists, int bits, float (&s)[kN][4], int key,
+                                                        int row) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t* from = tile_row(lists.tiles_t, bits, key + 8 * h, row);
+#pragma unroll
+    for (int w = 0; w < kN / 4; ++w) {
+      const uint32_t word = from[w] >> (row & 31);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        const int j = 4 * w + c / 2;
+        if (!(word >> (8 * (j % 4) + c % 2) & 1u)) s[j][2 * h + c % 2] = -INFINITY;
+      }
+    }
+  }
 }
 
 // Softcap and ALiBi on every element.

@@ -26,25 +26,54 @@ struct TileSpan {
 // Which element tests a block needs.
 enum Hidden : unsigned { kBeforeRange = 1, kPastRange = 2, kByBits = 4 };
 
-// Blocks in the order in which a main loop takes them: from the last to the first, so that the partial blocks of a
-// causal mask come first.
+// Blocks of keys that a tile may meet, lists aside: `first` to `block`.
 struct BlockCursor {
   int block;
   int first;
   __device__ bool valid() const { return block >= first; }
-  __device__ void next() { --block; }
 };
+
+// Entries [begin, end) of a list of blocks.
+struct EntryRange {
+  int begin;
+  int end;
+  __device__ bool empty() const { return begin >= end; }
+};
+// Entries of row r, or column r, of a list.
+__device__ __forceinline__ EntryRange entries_of(const int* offsets, int list, int count, int r) {
+  if (r >= count) return {0, 0};
+  const int* at = offsets + int64_t{list} * (count + 1) + r;
+  return {at[0], at[1]};
+}
+// The first entry of `range` whose block is not below `block`, range.end if none.
+__device__ __forceinline__ int lower_bound(const BlockEntry* entries, EntryRange range, int block) {
+  while (range.begin < range.end) {
+    const int middle = range.begin + (range.end - range.begin) / 2;
+    if (entries[middle].block < block) {
+      range.begin = middle + 1;
+    } else {
+      range.end = middle;
+    }
+  }
+  return range.begin;
+}
 
 class Mask {
  public:
   __device__ Mask(const MaskParams& p, const Sequence& seq)
-      : p_(&p), rows_(seq.seqlen_q), shift_(seq.seqlen_k - seq.seqlen_q), keys_{0, seq.seqlen_k} {
+      : p_(&p), sequence_(seq.batch), rows_(seq.seqlen_q), shift_(seq.seqlen_k - seq.seqlen_q), keys_{0, seq.seqlen_k} {
     if (p.key_range) {
       keys_.begin = max(p.key_range[2 * seq.batch], 0);
       keys_.end = min(p.key_range[2 * seq.batch + 1], seq.seqlen_k);
     }
     docs_ = p.doc_range ? p.doc_range + 2 * static_cast<int64_t>(seq.batch) * p.seqlen_q : nullptr;
     bits_ = p.key_bits ? p.key_bits + seq.batch * p.key_bits_stride : nullptr;
+  }
+
+  __device__ const BlockLists& lists() const { return p_->lists; }
+  // Which list a query head reads.
+  __device__ int list_of(int head) const {
+    return sequence_ * p_->lists.lists_per_sequence + head / p_->lists.heads_per_list;
   }
 
   // How far the diagonal lies to the right of the main diagonal: row i is at key position i + shift().
@@ -130,6 +159,7 @@ class Mask {
 
  private:
   const MaskParams* p_;
+  int sequence_;
   int rows_;
   int shift_;
   Range keys_;

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   if (key0 >= seq.stored_k) return;
   const Mask mask(p.mask, seq);
   const bool ordered = p.dq_turn != nullptr;
-  QueryTiles<B> at(mask, block, p.heads_per_group);
+  QueryTiles<B> at(mask, block, head_k * p.heads_per_group, p.heads_per_group, ordered);
 
   using LoaderQ = RowLoader<TileQ, B::kThreads, Element>;
   using LoaderK = RowLoader<TileK, B::kThreads, Element>;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   while (at.valid()) {
     const int row0 = at.tile * kBlockQ, head = head0 + at.head;
     const unsigned hidden = at.hidden;
-    const int turn = at.turn;
+    const int turn = at.turn, bits = at.bits;
     const int64_t scratch = head * p.scratch_rows + scratch_row + row0;
     const uint32_t q_now = tile_q + stage * TileQ::kBytes, do_now = tile_do + stage * TileQ::kBytes;
     cp_async_wait<0>();
@@ -137,6 +137,9 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     const LogitBias bias(p, seq.batch, head);
     if constexpr (B::kVariant == Variant::kGeneral) bias_elements(bias, s, row, key0 + s_col + lane_col, mask.shift());
     if (hidden) mask_elements(mask, hidden, s, row, key0 + s_col, lane);
+    if (reads_lists(B::kVariant) && bits != kFullTile) {
+      mask_by_tile(p.mask.lists, bits, s, row, key0 + s_col, lane);
+    }
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
 #pragma unroll
@@ -144,7 +147,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i][j][e] = exp2_approx(fmaf(s[i][j][e], p.exp2_scale, -lse[i][e / 2]));
 
-    const bool dropping = B::kVariant == Variant::kDropout || (B::kVariant == Variant::kGeneral && p.dropout.rng_state);
+    const bool dropping = drops<B::kVariant>(p.dropout);
     uint32_t keep[kMS][(kNS + 3) / 4];
     if (dropping) {
       const Dropout dropout(p.dropout, seq.batch * p.num_heads + head);
@@ -270,9 +273,7 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
 
 template <class Arch, typename Element, int kHeadDim>
 int64_t run_backward(const BackwardParams& p, cudaStream_t stream) {
-  if (p.is_general()) return launch_backward<Arch, Element, kHeadDim, Variant::kGeneral>(p, stream);
-  if (p.dropout.rng_state) return launch_backward<Arch, Element, kHeadDim, Variant::kDropout>(p, stream);
-  return launch_backward<Arch, Element, kHeadDim, Variant::kPlain>(p, stream);
+  return with_variant(p, [&](auto variant) { return launch_backward<Arch, Element, kHeadDim, variant>(p, stream); });
 }
 
 }  // namespace hfp::sm80

@@ -3,6 +3,7 @@
 //   V(n) is on its way while S = Q K(n)^T is computed, K(n - 1) while the softmax and O += P V(n) are.
 #pragma once
 
+#include "common/key_blocks.h"
 #include "common/logits.h"
 #include "common/softmax.h"
 #include "launch.h"
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
 
   const Mask mask(p.mask, seq);
   const TileSpan span = mask.tile_span(row0, row0 + kBlockQ);
-  BlockCursor cursor = mask.template key_blocks<kBlockK>(span);
+  KeyBlocks<kBlockK, reads_lists(F::kVariant)> cursor(mask, span, row0, head);
 
   using LoaderQ = RowLoader<TileQ, F::kThreads, Element>;
   using LoaderK = RowLoader<TileK, F::kThreads, Element>;
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
   }
 #pragma unroll 1
   while (cursor.valid()) {
-    const int n = cursor.block;
+    const int n = cursor.block, bits = cursor.bits;
     cp_async_wait<0>();
     __syncthreads();  // K(n) has arrived; nobody reads V(n + 1) any more
     v.load(tile_v, n * kBlockK, seq.seqlen_k);
@@ -99,12 +100,15 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
     if (const unsigned why = mask.template hidden<kBlockK>(span, n)) {
       mask_elements(mask, why, s, not_hoisted(row), n * kBlockK, lane);
     }
+    if (reads_lists(F::kVariant) && bits != kFullTile) {
+      mask_by_tile(p.mask.lists, bits, s, not_hoisted(row), n * kBlockK, lane);
+    }
     float shrink[kM][2];
     softmax.update(s, shrink, p.exp2_scale, exp2_approx);
     scale_rows(o, shrink);
 
     if constexpr (F::kVariant != Variant::kPlain) {
-      if (F::kVariant == Variant::kDropout || p.dropout.rng_state) {
+      if (drops<F::kVariant>(p.dropout)) {
         uint32_t keep[kM][(kNS + 3) / 4];
         keep_elements<kM, kNS>(dropout, keep, warp_row, n * kBlockK, lane);
 #pragma unroll
@@ -168,9 +172,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <class Arch, typename Element, int kHeadDim>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.is_general()) return launch_forward<Arch, Element, kHeadDim, Variant::kGeneral>(p, stream);
-  if (p.dropout.rng_state) return launch_forward<Arch, Element, kHeadDim, Variant::kDropout>(p, stream);
-  launch_forward<Arch, Element, kHeadDim, Variant::kPlain>(p, stream);
+  with_variant(p, [&](auto variant) { launch_forward<Arch, Element, kHeadDim, variant>(p, stream); });
 }
 
 }  // namespace hfp::sm80

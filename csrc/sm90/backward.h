@@ -92,9 +92,7 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
 
 template <typename Element, int kHeadDim>
 int64_t run_backward(const BackwardParams& p, cudaStream_t stream) {
-  if (p.is_general()) return launch_backward<Element, kHeadDim, Variant::kGeneral>(p, stream);
-  if (p.dropout.rng_state) return launch_backward<Element, kHeadDim, Variant::kDropout>(p, stream);
-  return launch_backward<Element, kHeadDim, Variant::kPlain>(p, stream);
+  return with_variant(p, [&](auto variant) { return launch_backward<Element, kHeadDim, variant>(p, stream); });
 }
 
 }  // namespace hfp::sm90

@@ -60,7 +60,8 @@ class BackwardConsumer {
   __device__ __forceinline__ typename B::Step await_q() {
     barrier_wait(smem_address(bars_->q_full + q_.index), q_.parity);
     const typename B::Step step = bars_->step[q_.index];
-    return {uniform(step.row0), uniform(step.head), static_cast<unsigned>(uniform(step.flags))};
+    return {uniform(step.row0), uniform(step.head), reads_lists(B::kVariant) ? uniform(step.bits) : kFullTile,
+            static_cast<unsigned>(uniform(step.flags))};
   }
   __device__ __forceinline__ void release(uint64_t* bar) {
     __syncwarp();
@@ -90,6 +91,9 @@ class BackwardConsumer {
       const int2 lo = bars_->seen[key], hi = bars_->seen[key + 8];
       const Range seen[2] = {{lo.x, lo.y}, {hi.x, hi.y}};
       mask_transposed(why, p, seen, row);
+    }
+    if (reads_lists(B::kVariant) && step.bits != kFullTile) {
+      mask_transposed_by_tile(a_.p.mask.lists, step.bits, p, work.key0() + key, row);
     }
     const uint32_t lse = first_of(bars_->lse[q_.index]);
 #pragma unroll
@@ -234,9 +238,7 @@ class BackwardConsumer {
     }
   }
 
-  __device__ bool dropping() const {
-    return B::kVariant == Variant::kDropout || (B::kVariant == Variant::kGeneral && a_.p.dropout.rng_state);
-  }
+  __device__ bool dropping() const { return drops<B::kVariant>(a_.p.dropout); }
   __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {
     return row + 8 * j + e + work.mask.shift() - (work.key0() + key + 8 * h);
   }

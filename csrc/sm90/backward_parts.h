@@ -62,7 +62,7 @@ struct Backward {
   using TileK = Tile<kBlockK, kHeadDim>;
   using TileS = Tile<kBlockK, kBlockQ>;  // dS and P, transposed
   struct Step {                          // of the loop over query tiles, as the consumers see it
-    int row0, head;
+    int row0, head, bits;
     unsigned flags;  // Hidden, and:
   };
   static constexpr unsigned kFirst = 16, kLast = 32;  // of the key block
@@ -151,7 +151,7 @@ class Planner {
     for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
       const KeyBlock<B> work(a_, queue.tile());
       if (!work.exists()) continue;
-      QueryTiles<B> at(work.mask, work.block, p.heads_per_group);
+      QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);
       unsigned flags = B::kFirst;
       if (!at.valid()) {
         place().flags = B::kNothing;
@@ -162,6 +162,7 @@ class Planner {
         const int row0 = at.tile * B::kBlockQ, head = work.head_k * p.heads_per_group + at.head;
         plan.row0 = row0;
         plan.head = head;
+        plan.bits = at.bits;
         plan.row = static_cast<int>(work.seq.offset_q) + row0;
         plan.batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
         plan.key_row = static_cast<int>(work.seq.offset_k) + work.key0();

@@ -77,8 +77,8 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     if (!work.cursor.valid()) continue;
     const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
     const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;
-    int n = work.cursor.block;
-    load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + n * F::kBlockK, head_k, batch);
+    auto blocks = work.cursor;
+    load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + blocks.block * F::kBlockK, head_k, batch);
 #pragma unroll
     for (int w = 0; w < F::kConsumers; ++w) {
       const int at = q.index * F::kConsumers + w;
@@ -89,9 +89,11 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     }
     q.next();
 #pragma unroll 1
-    for (; n >= work.cursor.first; --n) {
-      if (n > work.cursor.first) {
-        load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + (n - 1) * F::kBlockK, head_k, batch);
+    while (blocks.valid()) {
+      const int n = blocks.block;
+      blocks.next();
+      if (blocks.valid()) {
+        load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + blocks.block * F::kBlockK, head_k, batch);
       }
       load(v, bars->v_full, bars->v_empty, tile_v, &a.v, key0 + n * F::kBlockK, head_k, batch);
     }
@@ -137,13 +139,13 @@ class Consumer {
     wgmma_wait<0>();
     pin(reinterpret_cast<AccumulatorS>(s));
     release(k_, bars_->k_empty);
-    probabilities(work, softmax, s, shrink, work.cursor.block);
-    round_to(prob, work, s, work.cursor.block);
+    probabilities(work, softmax, s, shrink);
+    round_to(prob, work, s);
 #pragma unroll 1
     for (;;) {
       int accumulate = 0;
 #pragma unroll 1
-      for (int n = work.cursor.block - 1; n >= work.cursor.first; --n) {
+      for (advance(work); work.cursor.valid(); advance(work)) {
         barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
         take_turn();
         issue_qk(s);
@@ -154,12 +156,12 @@ class Consumer {
         wgmma_wait<1>();
         pin(reinterpret_cast<AccumulatorS>(s));
         release(k_, bars_->k_empty);
-        probabilities(work, softmax, s, shrink, n);
+        probabilities(work, softmax, s, shrink);
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
         pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
         release(v_, bars_->v_empty);
-        round_to(prob, work, s, n);
+        round_to(prob, work, s);
         scale_rows(o, shrink);
       }
       release_q();
@@ -184,13 +186,13 @@ class Consumer {
       wgmma_wait<1>();
       pin(reinterpret_cast<AccumulatorS>(s));
       release(k_, bars_->k_empty);
-      probabilities(work, softmax, s, shrink, work.cursor.block);
+      probabilities(work, softmax, s, shrink);
       wgmma_wait<0>();
       pin(reinterpret_cast<AccumulatorO>(o));
       pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
       release(v_, bars_->v_empty);
       finish(done, sums, o);
-      round_to(prob, work, s, work.cursor.block);
+      round_to(prob, work, s);
     }
   }
 
@@ -199,7 +201,7 @@ class Consumer {
   __device__ __forceinline__ bool settle(TileQueue<typename F::Barriers>& queue, Work<F>& work) {
     for (; queue.valid(); queue.next(true)) {
       work = Work<F>(a_, queue.tile());
-      work.cursor = {uniform(work.cursor.block), uniform(work.cursor.first)};
+      work.cursor.make_uniform(uniform);
       if (work.cursor.valid()) return true;
       if (!uniform(work.exists())) continue;
       Softmax<1> nothing;
@@ -208,6 +210,11 @@ class Consumer {
       finish(work, nothing, o);
     }
     return false;
+  }
+
+  __device__ __forceinline__ void advance(Work<F>& work) {
+    work.cursor.next();
+    if constexpr (reads_lists(F::kVariant)) work.cursor.make_uniform(uniform);
   }
 
   __device__ __forceinline__ void await_first() {
@@ -258,8 +265,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
-                                                float (&shrink)[1][2], int n) {
-    const int row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
+                                                float (&shrink)[1][2]) {
+    const int n = work.cursor.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
     if constexpr (F::kVariant == Variant::kGeneral) {
       const LogitBias bias(a_.p, work.seq.batch, work.head);
       bias_elements(bias, s, row, key0 + 2 * (lane_ % 4), work.mask.shift());
@@ -267,17 +274,20 @@ class Consumer {
     if (const unsigned why = work.mask.template hidden<F::kBlockK>(work.span, n)) {
       mask_elements(work.mask, why, s, sm80::not_hoisted(row), key0, lane_);
     }
+    if (reads_lists(F::kVariant) && work.cursor.bits != kFullTile) {
+      mask_by_tile(a_.p.mask.lists, work.cursor.bits, s, sm80::not_hoisted(row), key0, lane_);
+    }
     softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
   }
 
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
   __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
-                                           float (&s)[1][kNS][4], int n) {
+                                           float (&s)[1][kNS][4]) {
     if constexpr (F::kVariant != Variant::kPlain) {
-      if (F::kVariant == Variant::kDropout || a_.p.dropout.rng_state) {
+      if (drops<F::kVariant>(a_.p.dropout)) {
         const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + work.head);
         uint32_t keep[1][kNS / 4];
-        keep_elements<1, kNS>(dropout, keep, first_row(work), n * F::kBlockK, lane_);
+        keep_elements<1, kNS>(dropout, keep, first_row(work), work.cursor.block * F::kBlockK, lane_);
 #pragma unroll
         for (int j = 0; j < kNS; ++j)
 #pragma unroll
@@ -399,7 +409,7 @@ inline bool pays_tall(const MaskParams& m) {
 
 template <typename Element, int kHeadDim, Variant kVariant>
 void choose_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 64 && kVariant != Variant::kGeneral) {
+  if constexpr (kHeadDim <= 64 && !reads_lists(kVariant)) {  // block lists have 128 rows
     if (pays_tall(p.mask)) return launch_forward<Element, kHeadDim, kVariant, 3>(p, stream);
   }
   launch_forward<Element, kHeadDim, kVariant, 2>(p, stream);
@@ -407,9 +417,7 @@ void choose_forward(const AttentionParams& p, cudaStream_t stream) {
 
 template <typename Element, int kHeadDim>
 void run_forward(const AttentionParams& p, cudaStream_t stream) {
-  if (p.is_general()) return choose_forward<Element, kHeadDim, Variant::kGeneral>(p, stream);
-  if (p.dropout.rng_state) return choose_forward<Element, kHeadDim, Variant::kDropout>(p, stream);
-  choose_forward<Element, kHeadDim, Variant::kPlain>(p, stream);
+  with_variant(p, [&](auto variant) { choose_forward<Element, kHeadDim, variant>(p, stream); });
 }
 
 }  // namespace hfp::sm90

@@ -13,6 +13,7 @@ from ..masks.block_mask import BlockMask
 from .padding import WORD_BITS
 
 MAX_HEAD_DIM = 256
+KERNEL_BLOCK_SIZE = 128  # of the block lists that the compiled kernels read
 TENSOR_FIELDS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -69,7 +70,8 @@ class MaskArguments:
     @property
     def kernel_ok(self) -> bool:
         """Whether the compiled kernels can express this mask."""
-        return self.attn_bias is None and self.block_mask is None
+        lists = self.block_mask
+        return self.attn_bias is None and (lists is None or lists.block_size == KERNEL_BLOCK_SIZE)
 
     @property
     def varlen(self) -> bool:

@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 from ..errors import UnsupportedKernelError
-from .arguments import MAX_HEAD_DIM
+from .arguments import KERNEL_BLOCK_SIZE, MAX_HEAD_DIM
 from .library import extension_status
 
 BACKENDS = ("auto", "cuda", "torch", "flash_attn")
@@ -31,7 +31,7 @@ def kernel_obstacle(
     head_dim: int,
     head_dim_v: int | None = None,
     attn_bias: bool = False,
-    block_mask: bool = False,
+    block_size: int | None = None,
 ) -> str | None:
     """What keeps the compiled kernels from serving a call, with the way out; None if they can.
 
@@ -40,7 +40,7 @@ def kernel_obstacle(
         head_dim: of q and k.
         head_dim_v: of v, if it differs.
         attn_bias: whether a dense mask or bias is part of the call.
-        block_mask: whether block lists are.
+        block_size: of block lists, if there are any.
     """
     status = extension_status()
     if not status.loaded:
@@ -59,8 +59,11 @@ def kernel_obstacle(
         return f"head_dim is {head_dim}; 1 to {MAX_HEAD_DIM} is supported"
     if attn_bias:
         return "attn_bias is given; causal, window, key_range, key_bits and doc_range are served"
-    if block_mask:
-        return "block_mask is given, which the compiled kernels do not read yet"
+    if block_size is not None and block_size != KERNEL_BLOCK_SIZE:
+        return (
+            f"block_mask has blocks of {block_size}; {KERNEL_BLOCK_SIZE} is supported, to which any "
+            "pattern can be lowered"
+        )
     return None
 
 
@@ -72,14 +75,14 @@ def resolve_backend(
     head_dim: int,
     head_dim_v: int | None = None,
     attn_bias: bool = False,
-    block_mask: bool = False,
+    block_size: int | None = None,
 ) -> tuple[str, str]:
     """The engine that serves a call, and the reason.
 
     Args:
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda",
             "torch" or "flash_attn" (the package of that name).
-        device, dtype, head_dim, head_dim_v, attn_bias, block_mask: as in `kernel_obstacle`.
+        device, dtype, head_dim, head_dim_v, attn_bias, block_size: as in `kernel_obstacle`.
 
     Returns:
         ("cuda" | "torch" | "flash_attn", reason).
@@ -106,7 +109,7 @@ def resolve_backend(
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         attn_bias=attn_bias,
-        block_mask=block_mask,
+        block_size=block_size,
     )
     if obstacle is None:
         return "cuda", "asked for" if backend == "cuda" else "the compiled kernels serve this call"

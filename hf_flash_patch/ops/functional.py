@@ -237,7 +237,7 @@ def attention(
         head_dim=head_dim,
         head_dim_v=v.shape[-1],
         attn_bias=mask.attn_bias is not None,
-        block_mask=mask.block_mask is not None,
+        block_size=None if mask.block_mask is None else mask.block_mask.block_size,
     )
     if engine == "flash_attn":
         from .flash_attn_package import call_package

@@ -36,6 +36,12 @@ _BLOCKS = (
     "Tensor? row_offsets, Tensor? row_entries, Tensor? column_offsets, Tensor? column_entries, "
     "Tensor? tiles, Tensor? tiles_t, Tensor? host_offsets, Tensor? host_entries"
 )
+# The same where the compiled engine is told of them: operators of their own, because six more
+# arguments cost every call a microsecond.
+_LISTS = (
+    "Tensor row_offsets, Tensor row_entries, Tensor column_offsets, Tensor column_entries, Tensor "
+    "tiles, Tensor tiles_t"
+)
 _SCALARS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
     "float dropout_p"
@@ -49,6 +55,9 @@ _SCHEMAS = {
     "cuda_forward": f"({_QKV}, {_MASK}, {_SCALARS}) -> (Tensor, Tensor)",
     "cuda_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_SCALARS}, bool "
     "deterministic) -> (Tensor, Tensor, Tensor)",
+    "cuda_block_forward": f"({_QKV}, {_MASK}, {_LISTS}, {_SCALARS}) -> (Tensor, Tensor)",
+    "cuda_block_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_LISTS}, "
+    f"{_SCALARS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
     "torch_forward": f"({_QKV}, {_MASK}, {_BIAS}, {_BLOCKS}, {_SCALARS}) -> (Tensor, Tensor)",
     "torch_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_BIAS}, "
     f"{_BLOCKS}, {_SCALARS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
@@ -63,6 +72,7 @@ _ops = getattr(torch.ops, NAMESPACE)
 _LENGTHS = slice(5, 7)
 _BIAS_AT = 13
 _MASK_TENSORS = _BIAS_AT - _LENGTHS.stop
+_LISTS_AT = slice(_BIAS_AT + 1, _BIAS_AT + 7)
 _SCALARS_AT = _BIAS_AT + 9
 _DETERMINISTIC_AT = _SCALARS_AT + 6
 
@@ -74,9 +84,11 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with _BelowAutograd():
         if inputs[-1] == "cuda":
-            return _ops.cuda_forward.default(
-                *inputs[:_BIAS_AT], *inputs[_SCALARS_AT:_DETERMINISTIC_AT]
-            )
+            scalars = inputs[_SCALARS_AT:_DETERMINISTIC_AT]
+            lists = inputs[_LISTS_AT]
+            if lists[0] is None:
+                return _ops.cuda_forward.default(*inputs[:_BIAS_AT], *scalars)
+            return _ops.cuda_block_forward.default(*inputs[:_BIAS_AT], *lists, *scalars)
         return _ops.torch_forward.default(*inputs[:_DETERMINISTIC_AT])
 
 
@@ -87,6 +99,7 @@ torch.library.impl(f"{NAMESPACE}::torch_backward", "default")(torch_backend.back
 
 @torch.library.register_fake(f"{NAMESPACE}::attention")
 @torch.library.register_fake(f"{NAMESPACE}::cuda_forward")
+@torch.library.register_fake(f"{NAMESPACE}::cuda_block_forward")
 @torch.library.register_fake(f"{NAMESPACE}::torch_forward")
 def _fake_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
@@ -97,6 +110,7 @@ def _fake_forward(
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cuda_backward")
+@torch.library.register_fake(f"{NAMESPACE}::cuda_block_backward")
 @torch.library.register_fake(f"{NAMESPACE}::torch_backward")
 def _fake_backward(
     dout: torch.Tensor,
@@ -122,15 +136,18 @@ def _backward(
     if dout is None and dlse is None:
         return (None, None, None, *none)
     out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *rest = ctx.saved_tensors
-    mask, torch_only = rest[:_MASK_TENSORS], rest[_MASK_TENSORS:]
+    mask, others = rest[:_MASK_TENSORS], rest[_MASK_TENSORS:]
+    lists = others[1:7]
     *scalars, deterministic, backend = ctx.numbers
     dout = torch.zeros_like(out) if dout is None else dout
     tensors = (dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *mask)
     with nullcontext() if torch.is_grad_enabled() else _BelowAutograd():
-        if backend == "cuda":
+        if backend != "cuda":
+            grads = _ops.torch_backward.default(*tensors, *others, *scalars, deterministic)
+        elif lists[0] is None:
             grads = _ops.cuda_backward.default(*tensors, *scalars, deterministic)
         else:
-            grads = _ops.torch_backward.default(*tensors, *torch_only, *scalars, deterministic)
+            grads = _ops.cuda_block_backward.default(*tensors, *lists, *scalars, deterministic)
     return (*grads, *none)
 
 
@@ -174,7 +191,7 @@ def _no_gradient(ctx: Any, *grads: torch.Tensor | None) -> None:
     )
 
 
-for _name in ("cuda_forward", "cuda_backward", "torch_forward", "torch_backward"):
+for _name in _SCHEMAS.keys() - {"attention", "cuda_instances"}:
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _no_gradient)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from hf_flash_patch.masks import BlockMask
 from hf_flash_patch.ops.arguments import MaskArguments
 from hf_flash_patch.ops.dropout import new_rng_state
 from hf_flash_patch.ops.functional import attention
@@ -120,6 +121,27 @@ def make_problem(
         fields["attn_bias"] = (torch.rand(batch, 1, seqlen_q, seqlen_k) < 0.5).to(device)
     options = _options(features, batch, num_heads, head_dim, device)
     return Problem(q, k, v, MaskArguments(**fields), options)
+
+
+def with_random_blocks(problem: Problem, batch: int, heads: int, block_size: int) -> Problem:
+    """The problem under random blocks: empty, full and of random elements; a row sees nothing.
+
+    `batch` and `heads` say how many lists there are; each sequence of a variable-length problem has
+    the same.
+    """
+    assert problem.mask is not None
+    seqlen_q, seqlen_k = problem.q.shape[-3], problem.k.shape[-3]
+    if problem.mask.varlen:
+        assert problem.mask.max_seqlen_q is not None and problem.mask.max_seqlen_k is not None
+        seqlen_q, seqlen_k = problem.mask.max_seqlen_q, problem.mask.max_seqlen_k
+    shape = (batch, heads, -(-seqlen_q // block_size), -(-seqlen_k // block_size))
+    kind = torch.randint(3, shape)
+    kind = kind.repeat_interleave(block_size, 2).repeat_interleave(block_size, 3)
+    kind = kind[:, :, :seqlen_q, :seqlen_k]
+    seen = (kind == 2) | ((kind == 1) & (torch.rand(kind.shape) < 0.5))
+    seen[:, :, seqlen_q // 2] = False
+    mask = BlockMask.from_dense(seen, block_size).to(problem.q.device)
+    return replace(problem, mask=replace(problem.mask, block_mask=mask))
 
 
 def make_varlen_problem(

@@ -9,8 +9,10 @@ import torch
 
 from hf_flash_patch import MaskError, UnsupportedKernelError, masks
 from hf_flash_patch.masks import BlockMask
-from hf_flash_patch.ops import torch_engine, torch_mask
+from hf_flash_patch.ops import backends, torch_engine, torch_mask
+from hf_flash_patch.ops.backends import kernel_obstacle
 from hf_flash_patch.ops.functional import flash_attn_func, flash_attn_varlen_func
+from hf_flash_patch.ops.library import ExtensionStatus
 from hf_flash_patch.ops.torch_engine import Tiling
 from tests.masks.catalogue import CASES
 from tests.ops.cases import (
@@ -21,6 +23,7 @@ from tests.ops.cases import (
     check,
     make_problem,
     make_varlen_problem,
+    with_random_blocks,
 )
 
 BLOCK = 32
@@ -41,16 +44,7 @@ def unreadable(monkeypatch):
 
 
 def with_mask(problem: Problem, batch: int = 1, heads: int = 1) -> Problem:
-    """The problem under random blocks: empty, full and of random elements; a row sees nothing."""
-    seqlen_q, seqlen_k = problem.q.shape[-3], problem.k.shape[-3]
-    shape = (batch, heads, -(-seqlen_q // BLOCK), -(-seqlen_k // BLOCK))
-    kind = torch.randint(3, shape).repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-    kind = kind[:, :, :seqlen_q, :seqlen_k]
-    seen = (kind == 2) | ((kind == 1) & (torch.rand(kind.shape) < 0.5))
-    seen[:, :, seqlen_q // 2] = False
-    mask = BlockMask.from_dense(seen, BLOCK)
-    assert problem.mask is not None
-    return replace(problem, mask=replace(problem.mask, block_mask=mask))
+    return with_random_blocks(problem, batch, heads, BLOCK)
 
 
 @pytest.mark.parametrize("feature", (*COMMON, *DENSE_ONLY, *TORCH_ONLY))
@@ -200,7 +194,13 @@ def test_errors(block_mask, text):
         flash_attn_func(q, q, q, block_mask=block_mask)
 
 
-def test_the_kernels_do_not_read_it_yet():
+def test_what_the_kernels_read(monkeypatch):
+    monkeypatch.setattr(backends, "extension_status", lambda: ExtensionStatus(True, "there"))
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernel = {"device": torch.device("cuda", 0), "dtype": torch.bfloat16, "head_dim": 64}
+    assert kernel_obstacle(**kernel, block_size=128) is None
+    assert "blocks of 64; 128 is supported" in (kernel_obstacle(**kernel, block_size=64) or "")
     q = torch.randn(2, 70, 4, 16)
     with pytest.raises(UnsupportedKernelError, match='backend="cuda" cannot serve'):
         flash_attn_func(q, q, q, block_mask=masks.causal(), backend="cuda")
