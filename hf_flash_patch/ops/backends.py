@@ -61,8 +61,8 @@ def kernel_obstacle(
         return "attn_bias is given; causal, window, key_range, key_bits and doc_range are served"
     if block_size is not None and block_size != KERNEL_BLOCK_SIZE:
         return (
-            f"block_mask has blocks of {block_size}; {KERNEL_BLOCK_SIZE} is supported, to which any "
-            "pattern can be lowered"
+            f"block_mask has blocks of {block_size}; {KERNEL_BLOCK_SIZE} is supported, and any "
+            "pattern can be lowered to it"
         )
     return None
 
