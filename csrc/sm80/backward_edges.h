@@ -14,7 +14,6 @@ struct BackwardArguments : BackwardParams {
   float* dq_accum = nullptr;  // [num_heads, scratch_rows, padded head_dim] fp32, each tile in accumulator order
   int* dq_turn = nullptr;     // [num_heads, scratch_rows / kBlockQ] deterministic only: how many key blocks have added
                               // to the tile
-  int* next_item = nullptr;   // [1] of a main kernel that hands out its work
 };
 
 // One tile of rows of one head: which, and whether it exists.
@@ -88,7 +87,6 @@ __device__ __forceinline__ void write_row_terms(const BackwardParams& p, const R
 // What the main kernel reads: the row terms, and a zeroed tile of dQ.
 template <class B>
 __global__ void __launch_bounds__(kEdgeThreads) backward_begin_kernel(const __grid_constant__ BackwardArguments p) {
-  if (p.next_item && blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
   const RowTile<B> at(p);
   const Sequence seq(p.mask, at.batch);
   const int row0 = at.tile * B::kBlockQ;

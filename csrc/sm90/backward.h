@@ -4,6 +4,7 @@
 //   dV += P^T dO, dK += dS^T Q, dQ = dS K.
 #pragma once
 
+#include "sm90/backward_dq.h"
 #include "sm90/backward_narrow.h"
 #include "sm90/backward_wide.h"
 
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
+    for (uint64_t& bar : bars->round_full) init(&bar, 1);
     init(&bars->tile_full, 1);
     init(&bars->tile_empty, kWarps + 1);
     for (int i = 0; i < B::kPlans; ++i) init(bars->plan_full + i, 1), init(bars->plan_empty + i, 2);
@@ -35,11 +37,17 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<B::kProducerRegisters>();
     if (threadIdx.x == 0) Loader<B>(a, bars, base).run();
-    if (threadIdx.x == 32) add_dq<B>(a.p, bars, base + B::kAtDq);
+    if (threadIdx.x == 32) Adder<B>(a, bars, base).run();
     if (threadIdx.x == 64) Planner<B>(a, bars).run();
+    if (threadIdx.x >= 96) Tidier<B>(a, bars, base).run();
   } else {
     take_registers<B::kConsumerRegisters>();
     std::conditional_t<B::kWide, WideConsumer<B>, NarrowConsumer<B>>(a, bars, base).run();
+    named_sync(1, 128 * B::kConsumers);  // the tiles have no use any more
+    const int warp = uniform(threadIdx.x / 32) - 4;
+    Rounder<B> rounder(a, base + warp * B::kRoundBytes, bars->round_full + 1 + warp);
+    while (!rounder.done())
+      if (!rounder.step()) __nanosleep(100);
   }
 }
 
@@ -50,22 +58,32 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   BackwardArguments a;
   a.p = {params};
   sm80::BackwardArguments& p = a.p;
+  const MaskParams& m = p.mask;
+  const int64_t groups = int64_t{p.batch} * p.num_heads_k;
   Carver carver(p.scratch);
   carve_row_terms(p, carver);
   sm80::carve_dq<B>(p, carver);
-  p.next_item = carver.take<int>(1);
+  constexpr int kCounters = sizeof(Counters) / sizeof(int);
+  a.num_counters = kCounters + 2 * groups;
+  int* counters = carver.take<int>(a.num_counters);
   if (!p.scratch) return carver.bytes();
+  a.counters = reinterpret_cast<Counters*>(counters);
+  a.cleared = counters + kCounters;
+  a.added = a.cleared + groups;
 
-  const MaskParams& m = p.mask;
-  a.blocks = (m.seqlen_k + B::kBlockK - 1) / B::kBlockK;
-  const int64_t heads = int64_t{p.batch} * p.num_heads_k, total = a.blocks * heads;
-  const int64_t tiles = int64_t{p.batch} * p.num_heads * ((m.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
-  if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: backward: more than 2^31 - 1 blocks of keys");
+  const int64_t blocks = (m.seqlen_k + B::kBlockK - 1) / B::kBlockK, total = blocks * groups;
+  const int64_t tiles = (m.seqlen_q + B::kBlockQ - 1) / B::kBlockQ, group_tiles = p.heads_per_group * tiles;
+  if (std::max(total, groups * group_tiles) > 0x7fffffff)
+    throw std::runtime_error("hf_flash_patch: backward: more than 2^31 - 1 blocks of keys or tiles of queries");
   a.total = static_cast<int>(total);
+  a.groups = static_cast<int>(groups);
+  a.total_tiles = static_cast<int>(groups * group_tiles);
+  a.tiles = Divisor(std::max<int64_t>(tiles, 1));
+  a.group_tiles = Divisor(std::max<int64_t>(group_tiles, 1));
   // Q, dO and the accumulator of a section stay in the L2 cache.
   const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
-  const int section = m.uneven() ? section_size(static_cast<int>(heads), head_bytes) : 1;
-  a.section_items = Divisor(section * std::max(a.blocks, 1));
+  const int section = m.uneven() ? section_size(a.groups, head_bytes) : 1;
+  a.section_items = Divisor(section * std::max<int64_t>(blocks, 1));
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);
 
@@ -76,17 +94,18 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);
   a.dk = tensor_map(p.dk, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, 64, kBf16);
   a.dv = tensor_map(p.dv, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, 64, kBf16);
-  Launch edge{
-      .name = "backward_begin", .blocks = tiles, .threads = sm80::kEdgeThreads, .shared_bytes = 0, .stream = stream};
-  launch<sm80::backward_begin_kernel<B>>(edge, p);
+  launch<backward_begin_kernel<B>>({.name = "backward_begin",
+                                    .blocks = std::max(a.total_tiles, 1),
+                                    .threads = sm80::kEdgeThreads,
+                                    .shared_bytes = 0,
+                                    .stream = stream},
+                                   a);
   launch<backward_kernel<B>>({.name = "backward",
-                              .blocks = std::min(a.total, multiprocessors()),
+                              .blocks = std::min(std::max(a.total, a.total_tiles), multiprocessors()),
                               .threads = B::kThreads,
                               .shared_bytes = B::kSharedBytes,
                               .stream = stream},
                              a);
-  edge.name = "backward_end";
-  launch<backward_end_kernel<B>>(edge, p);
   return carver.bytes();
 }
 

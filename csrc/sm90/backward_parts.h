@@ -1,5 +1,4 @@
-// What surrounds the products of the Hopper backward: shapes, the order of the work, and the way of dQ, which is summed
-// in fp32 in memory over key blocks that run on different multiprocessors.
+// What surrounds the products of the Hopper backward: shapes, the order of the work, and the copies.
 #pragma once
 
 #include "common/divide.h"
@@ -72,6 +71,8 @@ struct Backward {
     int row, batch;     // coordinates of the query tile in Q and dO
     int key_row, head_k;
     int turn;         // how many key blocks add to the tile before this one
+    int group;        // of heads that share keys, over all sequences
+    int group_tiles;  // of queries
     int64_t scratch;  // row
   };
   static constexpr int kPlans = 4;
@@ -81,7 +82,7 @@ struct Backward {
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
-    uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty;
+    uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty, round_full[1 + 4 * kConsumers];
     Plan plan[kPlans];
     Step step[kStagesQ];
     int tile;
@@ -93,14 +94,30 @@ struct Backward {
   static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;
   static constexpr int kAtP = kAtDs + kStagesS * TileS::kBytes;  // wide only: P is no operand in registers
   static constexpr int kAtDq = kAtP + (kWide ? TileS::kBytes : 0);
-  static constexpr int kTileBytes = kAtDq + kDqTileBytes / kDqRounds;
+  static constexpr int kAtRound = kAtDq + kDqTileBytes / kDqRounds;
+  static constexpr int kRoundBytes = 64 * 32 * 4;
+  static constexpr int kAtZeros = kAtRound + kRoundBytes;
+  static constexpr int kZeroBytes = 4096;
+  static constexpr int kTileBytes = kAtZeros + kZeroBytes;
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
   static_assert(kSharedBytes <= 227 * 1024);
+};
+
+struct Counters {
+  int next_item, next_clear, next_round;
 };
 
 struct BackwardArguments {
   CUtensorMap q, dout, k, v, dk, dv;
   sm80::BackwardArguments p;
+  Counters* counters;     // followed by
+  int* cleared;           // [groups] tiles of dQ that are
+  int* added;             // [groups] key blocks that have added to dQ
+  int64_t num_counters;   // all of them
+  int groups;             // of heads that share keys, over all sequences
+  int total_tiles;        // of queries
+  Divisor tiles;          // of a head
+  Divisor group_tiles;    // of a group
   int blocks;             // of keys
   int total;              // of all key heads and sequences
   Divisor section_items;  // a section is a few heads whose blocks are interleaved, so that the longest of all run first
@@ -135,7 +152,7 @@ struct KeyBlock {
 
 template <class B>
 __device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
-  return {a.p.next_item, a.total, bars};
+  return {&a.counters->next_item, a.total, bars};
 }
 
 // One thread that fetches the block's work and lays out its steps. It alone knows masks: in 24 registers, the loader
@@ -153,8 +170,11 @@ class Planner {
       if (!work.exists()) continue;
       QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);
       unsigned flags = B::kFirst;
+      const int group = work.seq.batch * p.num_heads_k + work.head_k;
       if (!at.valid()) {
-        place().flags = B::kNothing;
+        typename B::Plan& plan = place();
+        plan.flags = B::kNothing;
+        plan.group = group;
         send();
       }
       while (at.valid()) {
@@ -168,6 +188,8 @@ class Planner {
         plan.key_row = static_cast<int>(work.seq.offset_k) + work.key0();
         plan.head_k = work.head_k;
         plan.turn = at.turn;
+        plan.group = group;
+        plan.group_tiles = p.heads_per_group * ((work.seq.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
         plan.scratch = head * p.scratch_rows + work.seq.scratch_row(p.mask) + row0;
         flags |= at.hidden;
         at.next();
@@ -268,75 +290,5 @@ class Loader {
   Stage<B::kStagesDo> do_{1};
   uint32_t keys_parity_ = 1;
 };
-
-// One thread that adds what the consumers leave in shared memory to dQ's accumulator.
-template <class B>
-__device__ __forceinline__ void add_dq(const sm80::BackwardArguments& p, typename B::Barriers* bars, uint32_t tile_dq) {
-  PlanReader<B> plans(bars);
-  uint32_t parity = 0;
-#pragma unroll 1
-  for (;;) {
-    const typename B::Plan plan = plans.next();
-    if (plan.flags & B::kExit) break;
-    if (plan.flags & B::kNothing) continue;
-    int* turn = p.dq_turn ? p.dq_turn + plan.scratch / B::kBlockQ : nullptr;
-    float* to = p.dq_accum + plan.scratch * B::kHeadDim;
-    if (turn) {
-      while (load_acquire(turn) != plan.turn) __nanosleep(20);
-      async_fence_global();
-    }
-#pragma unroll
-    for (int round = 0; round < B::kDqRounds; ++round) {
-#pragma unroll
-      for (int w = 0; w < B::kConsumers; ++w) {
-        const int bytes = (B::dq_offset(w + 1) - B::dq_offset(w)) / B::kDqRounds;
-        barrier_wait(smem_address(bars->dq_full + w), parity);
-        bulk_add(to + (B::dq_offset(w) + round * bytes) / 4, tile_dq + B::dq_offset(w) / B::kDqRounds, bytes);
-        bulk_commit();
-      }
-      bulk_wait_read<1>();
-      barrier_arrive(smem_address(bars->dq_empty));
-      bulk_wait_read<0>();
-      barrier_arrive(smem_address(bars->dq_empty + 1));
-      parity ^= 1;
-    }
-    if (turn) {
-      bulk_wait<0>();
-      async_fence_global();
-      add_release(turn, 1);
-    }
-  }
-  bulk_wait<0>();
-}
-
-// dQ = accumulated * softmax_scale, rounded, in its place. A warp takes 16 rows by 32 columns at a time.
-template <class B>
-__global__ void __launch_bounds__(sm80::kEdgeThreads)
-    backward_end_kernel(const __grid_constant__ sm80::BackwardArguments p) {
-  using Element = typename B::Element;
-  const sm80::RowTile<B> at(p);
-  const Sequence seq(p.mask, at.batch);
-  const int tile0 = at.tile * B::kBlockQ, lane = threadIdx.x % 32;
-  if (tile0 >= seq.seqlen_q) return;
-  const int64_t scratch = at.head * p.scratch_rows + seq.scratch_row(p.mask) + tile0;
-  const float4* accum = reinterpret_cast<const float4*>(p.dq_accum + scratch * B::kHeadDim);
-#pragma unroll
-  for (int i = threadIdx.x / 32; i < B::kBlockQ * B::kHeadDim / 512; i += sm80::kEdgeThreads / 32) {
-    const int col = i / 4 * 32 % B::kHeadDim;
-    const int row0 = tile0 + i / 4 * 32 / B::kHeadDim * 64 + i % 4 * 16 + lane / 4;
-    float acc[4][4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float4 v = accum[(i / 4 * 16 + i % 4 + 4 * j) * 32 + lane];
-      acc[j][0] = v.x, acc[j][1] = v.y, acc[j][2] = v.z, acc[j][3] = v.w;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = row0 + 8 * h;
-      store_row<Element>(row_pointer<Element>(p.dq, at.batch, seq.offset_q + row, at.head) + col, row < seq.seqlen_q,
-                         acc, h, p.softmax_scale, p.head_dim - col, lane % 4);
-    }
-  }
-}
 
 }  // namespace hfp::sm90
