@@ -338,3 +338,23 @@ def test_compiled_decode():
         torch._dynamo.reset()
         model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
         assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "family", "afmoe cohere2 exaone4 gemma2 gemma3_text gpt_oss mistral olmo3 vaultgemma".split()
+)
+def test_windows_of_the_models_own_stay(family):
+    """A pattern only takes away: inside of the model's windows it is all, outside nothing."""
+    model = tiny_model(AutoModelForCausalLM, family)  # windows of 5 tokens, in some layers
+    ids, real = token_ids(2, 12), padding("mixed", 12)
+    near = masks.sliding_window(4).dense(12) & masks.causal().dense(12)
+    near = near.expand(2, 1, -1, -1) & real.bool()[:, None, None]
+    bias = torch.where(near, 0.0, torch.finfo(torch.float32).min)
+    keep = real.bool()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=bias).logits[keep]
+        plain = model(ids, attention_mask=real).logits[keep]
+        with hfp.patched(model, mask=masks.sliding_window(4)):
+            assert_close(model(ids, attention_mask=real).logits[keep], expected, "logits")
+        with hfp.patched(model, mask=masks.sliding_window(4) | masks.full()):
+            assert_close(model(ids, attention_mask=real).logits[keep], plain, "logits of all")
