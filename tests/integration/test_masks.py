@@ -42,8 +42,8 @@ PATTERNS = {
 }
 
 
-def model_of(family: str):
-    return tiny_model(MODELS[family], family, max_position_embeddings=128)
+def model_of(family: str, **overrides):
+    return tiny_model(MODELS[family], family, max_position_embeddings=128, **overrides)
 
 
 def eager_mask(model, pattern, seqlen: int, real: torch.Tensor | None) -> torch.Tensor:
@@ -312,7 +312,7 @@ def test_a_mask_for_another_length():
 
 
 def test_compiled():
-    model = model_of("llama")
+    model = model_of("llama", num_hidden_layers=1)
     ids = token_ids(2, 40)
     real = torch.ones_like(ids)
     with hfp.patched(model, mask=masks.sliding_window(6) | masks.shifted_groups(8)):
@@ -324,7 +324,7 @@ def test_compiled():
 
 def test_compiled_decode():
     """A static cache: where the query stands is known to the device alone."""
-    model = model_of("llama")
+    model = model_of("llama", num_hidden_layers=1)
     ids = token_ids(2, 21)
     options = {
         "attention_mask": torch.ones_like(ids),
