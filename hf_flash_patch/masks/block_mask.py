@@ -164,6 +164,9 @@ class BlockMask:
             block_size: tokens a block, a multiple of 32.
         """
         batch, heads, seqlen_q, seqlen_k = shape
+        if torch.compiler.is_compiling():
+            lists = _lists_of(rows_of(slice(0, seqlen_q)), block_size)
+            return BlockMask(seqlen_q, seqlen_k, block_size, batch, heads, *lists)
         rows, columns = -(-seqlen_q // block_size), -(-seqlen_k // block_size)
         width = (seqlen_k - torch.arange(columns, device=device) * block_size).clamp(max=block_size)
         step = max(1, _CHUNK // max(1, batch * heads * columns * block_size**2))
@@ -274,6 +277,35 @@ def check_block_size(block_size: int) -> None:
         )
 
 
+_SixTensors = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
+
+
+# An operator, since torch.compile takes a minute to trace it under symbolic lengths.
+@torch.library.custom_op("hf_flash_patch::block_lists", mutates_args=())
+def _lists_of(mask: torch.Tensor, block_size: int) -> _SixTensors:
+    return BlockMask.from_dense(mask, block_size).tensors()  # type: ignore[return-value]
+
+
+@_lists_of.register_fake
+def _(mask: torch.Tensor, block_size: int) -> _SixTensors:
+    batch, heads, seqlen_q, seqlen_k = mask.shape
+    rows, columns = -(-seqlen_q // block_size), -(-seqlen_k // block_size)
+
+    def empty(*shape: int) -> torch.Tensor:
+        return mask.new_empty(shape, dtype=torch.int32)
+
+    blocks, words = batch * heads * rows * columns, block_size // 32
+    lists = [
+        tensor
+        for length in (rows, columns)
+        for tensor in (empty(batch, heads, length + 1), empty(blocks, 2))
+    ]
+    tiles = [empty(blocks, block_size, words) for _ in range(2)]
+    return (*lists, *tiles)  # type: ignore[return-value]
+
+
 def _nothing(
     batch: int, heads: int, seqlen_q: int, seqlen_k: int, block_size: int, device: torch.device
 ) -> BlockMask:
@@ -287,7 +319,9 @@ def _nothing(
         for length in (seqlen_q, seqlen_k)
     )
     tiles = zeros(0, block_size, block_size // 32)
-    return BlockMask(seqlen_q, seqlen_k, block_size, batch, heads, *rows, *columns, tiles, tiles)
+    return BlockMask(
+        seqlen_q, seqlen_k, block_size, batch, heads, *rows, *columns, tiles, tiles.clone()
+    )
 
 
 def from_grid(

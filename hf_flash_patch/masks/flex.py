@@ -82,7 +82,10 @@ class Flex(Pattern):
         """In a full cell, or as mask_mod has it in a partial one."""
         i = q - (self.seqlen_k - self.seqlen_q)
         full, partial = self._tables()
-        b, h = (torch.tensor(x, device=k.device) for x in (self.sequence, self.head))
+        b, h = (
+            torch.full((), x, dtype=torch.int64, device=k.device)
+            for x in (self.sequence, self.head)
+        )
         inside = partial.visible(i, k)
         return full.visible(i, k) | (inside & self.mask_mod(b, h, i, k))
 

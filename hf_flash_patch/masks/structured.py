@@ -197,8 +197,8 @@ class Layout(Cells):
 
 @functools.lru_cache(maxsize=64)
 def _table(shape: tuple[int, ...], digits: str) -> torch.Tensor:
-    packed = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8)
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    packed = torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8, device="cpu")
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     count = shape[0] * shape[1] * shape[2] * shape[3]
     return bits.flatten()[:count].bool().view(shape)
 
@@ -206,7 +206,7 @@ def _table(shape: tuple[int, ...], digits: str) -> torch.Tensor:
 def _layout(table: torch.Tensor, block: int) -> Layout:
     bits = table.flatten().to("cpu", torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    packed = (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1)
+    packed = (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=1)
     rows, columns = table.shape[-2:]
     return Layout(
         block, (table.shape[0], table.shape[1], rows, columns), bytes(packed.tolist()).hex()
@@ -228,7 +228,7 @@ class Documents(Pattern):
         """One sequence's."""
         return Documents((self.lists[sequence if self.batches > 1 else 0],))
 
-    def _stops(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _stops(self, device: torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
         stops, names = zip(*self.lists[0], strict=True)
         return torch.tensor(stops, device=device), torch.tensor(names, device=device)
 
@@ -243,7 +243,7 @@ class Documents(Pattern):
 
     def runs(self, grid: Grid) -> Runs:
         """One interval a row, unless a document comes in pieces."""
-        stops, names = self._stops(torch.device("cpu"))
+        stops, names = self._stops(None)
         if len(names.unique()) < len(names):
             return super().runs(grid)
         starts = torch.cat((stops.new_zeros(1), stops[:-1]))
@@ -309,7 +309,10 @@ class MaskMod(Pattern):
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """What the function says."""
-        b, h = (torch.tensor(x, device=k.device) for x in (self.sequence, self.head))
+        b, h = (
+            torch.full((), x, dtype=torch.int64, device=k.device)
+            for x in (self.sequence, self.head)
+        )
         return self.function(b, h, q, k).bool()
 
 

@@ -45,23 +45,13 @@ class ListedBlocks:
         """Whether heads differ."""
         return self.offsets.shape[1] > 1
 
-    def lists(self, batches: slice, heads: slice) -> tuple[list[int], list[int]]:
-        """Which lists a tile of query heads `heads` in `batches` reads, one a sequence and head, or
-        one for all."""
-        first = self.first_sequence
-        sequences = list(range(batches.start + first, batches.stop + first))
-        lists = self.offsets.shape[1]
-        numbers = [head * lists // self.num_heads for head in range(heads.start, heads.stop)]
-        return sequences if self.per_sequence else [0], numbers if self.per_head else [0]
-
     def spans(
-        self, lists: tuple[list[int], list[int]], rows: slice, end: int
+        self, batches: slice, heads: slice, rows: slice, end: int
     ) -> Iterator[tuple[int, int, bool]]:
         """Keys [begin, stop) of neighbouring live blocks, and whether bits have to be asked.
 
         Args:
-            lists: of `lists`.
-            rows: queries of the tile.
+            batches, heads, rows: sequences, query heads and queries of a tile.
             end: keys of the call.
         """
         size = self.block_size
@@ -70,8 +60,8 @@ class ListedBlocks:
             yield 0, end, True
             return
         parts = []
-        for b in set(lists[0]):
-            for h in set(lists[1]):
+        for b in self._sequences(batches):
+            for h in sorted(set(self._heads(heads))):
                 offsets = self.host_offsets[b, h]
                 parts.append(self.host_entries[int(offsets[first]) : int(offsets[last])])
         entries = torch.cat(parts).long()
@@ -89,20 +79,37 @@ class ListedBlocks:
                 yield begin * size, min(stop * size, end), state == 1
 
     def visible(
-        self, lists: tuple[list[int], list[int]], rows: slice, begin: int, stop: int
+        self, batches: slice, heads: slice, rows: slice, begin: int, stop: int
     ) -> torch.Tensor:
         """bool (batches or 1, heads or 1, rows, stop - begin): who sees whom."""
         size, device = self.block_size, self.offsets.device
         r = torch.arange(rows.start // size, -(-rows.stop // size), device=device)
         c = torch.arange(begin // size, -(-stop // size), device=device)
-        b, h = (torch.tensor(x, device=device) for x in lists)
+        sequences, lists = self._sequences(batches), self.offsets.shape[1]
+        b = torch.arange(sequences.start, sequences.stop, device=device)
+        h = torch.zeros(1, dtype=torch.int64, device=device)
+        if self.per_head:
+            h = torch.arange(heads.start, heads.stop, device=device) * lists // self.num_heads
         nq = self.offsets.shape[2] - 1
         row = (b[:, None, None] * self.offsets.shape[1] + h[:, None]) * nq + r  # b h r
         tile = self._tile(row[..., None], c)  # b h r c
         bits = self._bits(tile).transpose(3, 4)  # b h r size c size
-        top, left = int(r[0]) * size if len(r) else 0, begin // size * size
+        top, left = rows.start // size * size, begin // size * size
         seen = bits.flatten(4, 5).flatten(2, 3)
         return seen[:, :, rows.start - top : rows.stop - top, begin - left : stop - left]
+
+    def _sequences(self, batches: slice) -> range:
+        """The mask's sequences that a tile reads."""
+        if not self.per_sequence:
+            return range(1)
+        return range(batches.start + self.first_sequence, batches.stop + self.first_sequence)
+
+    def _heads(self, heads: slice) -> list[int]:
+        """The mask's head that each query head reads; one for all where heads do not differ."""
+        if not self.per_head:
+            return [0]
+        lists = self.offsets.shape[1]
+        return [head * lists // self.num_heads for head in range(heads.start, heads.stop)]
 
     def _tile(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """The tile of each block, FULL_TILE or NO_TILE; row counts over all lists."""

@@ -125,7 +125,7 @@ class RowMask:
             every_from, every_to = self.seqlen_k, 0
         spans: Iterable[tuple[int, int, bool]] = [(0, last, False)]
         if self.lists is not None:
-            spans = self.lists.spans(self.lists.lists(batches, heads), rows, self.seqlen_k)
+            spans = self.lists.spans(batches, heads, rows, self.seqlen_k)
         for begin_span, end_span, listed in spans:
             end_span = min(end_span, last)
             for start in range(max(begin_span, first), end_span, block_size):
@@ -141,7 +141,7 @@ class RowMask:
         """bool (batches or 1, heads or 1, rows, keys of the block), or None for nothing."""
         if self.lists is None or not block.listed:
             return None
-        return ~self.lists.visible(self.lists.lists(batches, heads), rows, block.begin, block.end)
+        return ~self.lists.visible(batches, heads, rows, block.begin, block.end)
 
     def bias(
         self, batches: slice, rows: slice, block: Block, dtype: torch.dtype

@@ -42,8 +42,8 @@ PATTERNS = {
 }
 
 
-def model_of(family: str):
-    return tiny_model(MODELS[family], family, max_position_embeddings=128)
+def model_of(family: str, **overrides):
+    return tiny_model(MODELS[family], family, max_position_embeddings=128, **overrides)
 
 
 def eager_mask(model, pattern, seqlen: int, real: torch.Tensor | None) -> torch.Tensor:
@@ -311,9 +311,8 @@ def test_a_mask_for_another_length():
         model(token_ids(2, 31))
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_compiled(family):
-    model = model_of(family)
+def test_compiled():
+    model = model_of("llama", num_hidden_layers=1)
     ids = token_ids(2, 40)
     real = torch.ones_like(ids)
     with hfp.patched(model, mask=masks.sliding_window(6) | masks.shifted_groups(8)):
@@ -325,7 +324,7 @@ def test_compiled(family):
 
 def test_compiled_decode():
     """A static cache: where the query stands is known to the device alone."""
-    model = model_of("llama")
+    model = model_of("llama", num_hidden_layers=1)
     ids = token_ids(2, 21)
     options = {
         "attention_mask": torch.ones_like(ids),
@@ -339,3 +338,23 @@ def test_compiled_decode():
         torch._dynamo.reset()
         model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
         assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "family", "afmoe cohere2 exaone4 gemma2 gemma3_text gpt_oss mistral olmo3 vaultgemma".split()
+)
+def test_windows_of_the_models_own_stay(family):
+    """A pattern only takes away: inside of the model's windows it is all, outside nothing."""
+    model = tiny_model(AutoModelForCausalLM, family)  # windows of 5 tokens, in some layers
+    ids, real = token_ids(2, 12), padding("mixed", 12)
+    near = masks.sliding_window(4).dense(12) & masks.causal().dense(12)
+    near = near.expand(2, 1, -1, -1) & real.bool()[:, None, None]
+    bias = torch.where(near, 0.0, torch.finfo(torch.float32).min)
+    keep = real.bool()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=bias).logits[keep]
+        plain = model(ids, attention_mask=real).logits[keep]
+        with hfp.patched(model, mask=masks.sliding_window(4)):
+            assert_close(model(ids, attention_mask=real).logits[keep], expected, "logits")
+        with hfp.patched(model, mask=masks.sliding_window(4) | masks.full()):
+            assert_close(model(ids, attention_mask=real).logits[keep], plain, "logits of all")

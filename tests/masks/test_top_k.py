@@ -127,7 +127,9 @@ def test_models(family, auto, monkeypatch):
 
 def test_generate():
     """Prefill is sparse, a decode step sees all."""
-    model = tiny_model(AutoModelForCausalLM, "llama", max_position_embeddings=256)
+    model = tiny_model(
+        AutoModelForCausalLM, "llama", max_position_embeddings=256, num_hidden_layers=1
+    )
     ids = token_ids(2, 120)
     pattern = masks.top_k_blocks(2, block_size=SIZE)
     with hfp.patched(model, mask=pattern), torch.no_grad():
