@@ -37,6 +37,7 @@ SMALL = {
     "packed full": small("varlen", "packed", seqlen=256, causal=False),
     "padded": small("varlen", "padded", seqlen=256),
     "decode": small("decode", "decode", causal=False, num_heads_k=2),
+    "blocks": small("blocks", "dense", causal=False, seqlen=384, density=0.4),
     "dropout": small("dropout", "dense", causal=False, batch=8, dropout=0.25),
 }
 
@@ -92,8 +93,9 @@ def test_groups():
         "dropout": 12,
         "varlen": 6,
         "decode": 20,
+        "blocks": 12,
     }
-    assert len(ALL) == 79 == len({(cell.group, cell.name) for cell in ALL})
+    assert len(ALL) == 91 == len({(cell.group, cell.name) for cell in ALL})
     assert all(cell.group == name for name in GROUPS for cell in cells([name]))
     assert cells(["gqa", "window", "gqa"]) == cells(["gqa"]) + cells(["window"])
 
@@ -162,7 +164,7 @@ def test_every_cell_is_checked_and_timed(cell, engine, settings, clock):
     assert all(r.milliseconds == 1.0 and r.cell == cell for r in ours)
     unit = 1e6 if cell.decode else 1e9
     assert [r.rate for r in ours] == [cell.work(r.direction) / unit for r in ours]
-    others = [DENSE] if cell.ragged else [COPY] if cell.decode else []
+    others = [DENSE] if cell.ragged or cell.density else [COPY] if cell.decode else []
     assert [r.contestant for r in found if r.direction == "fwd"] == [OURS, *others]
 
 
@@ -262,7 +264,9 @@ def test_sdpa_takes_part(name, engine, settings, clock):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", ["causal", "gqa", "window", "packed", "padded", "decode"])
+@pytest.mark.parametrize(
+    "name", ["causal", "gqa", "window", "packed", "padded", "decode", "blocks"]
+)
 def test_flex_computes_the_cell(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     problem = make(SMALL[name])
@@ -280,7 +284,7 @@ def as_package(**functions):
     return types.SimpleNamespace(**both | functions)
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "blocks"])
 def test_flash_attn_computes_the_cell(name, monkeypatch, engine, settings, clock):
     monkeypatch.setattr(contestants.importlib, "import_module", lambda _: as_package())
     notes = []

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "integration": {"errors", "families", "masks", "ops"},
     "patch": {"errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
-    "bench": {"env", "errors", "ops", "testing"},
+    "bench": {"env", "errors", "masks", "ops", "testing"},
     "env": {"__init__", "ops"},
     "cli": {"bench", "env", "masks"},
     "__main__": {"cli"},

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
+import torch
+
 HIDDEN, TOKENS = 2048, 16384
 SHORTEST = 128
 
@@ -41,6 +43,8 @@ class Cell:
         batch: number of sequences; packed, batch * seqlen is the number of tokens.
         window: how many keys a query sees, its own position included; 0 for all.
         dropout: probability.
+        density: part of the blocks of `TILE` x `TILE` off the diagonal that are visible, drawn for
+            each head; the diagonal is. 0: no block mask.
     """
 
     group: str
@@ -53,6 +57,7 @@ class Cell:
     num_heads_k: int
     window: int = 0
     dropout: float = 0.0
+    density: float = 0.0
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -85,7 +90,9 @@ class Cell:
 
     @property
     def pairs(self) -> float:
-        """Visible (query, key) pairs of one head, over the batch."""
+        """Visible (query, key) pairs of one head, over the batch; of blocks, the mean of heads."""
+        if self.density:
+            return self.tiles * TILE**2 / self.num_heads
         return sum(self._pairs(length) for length in self.lengths)
 
     def _pairs(self, length: int) -> float:
@@ -95,6 +102,15 @@ class Cell:
             return length**2
         window = min(self.window or length, length)
         return window * length - window**2 / 2
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """bool (num_heads, n, n), the visible blocks where there is a density; the same in every
+        process."""
+        n = self.seqlen // TILE
+        draw = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self.num_heads, n, n, generator=draw) < self.density
+        return drawn | torch.eye(n, dtype=torch.bool)
 
     @property
     def flop(self) -> float:
@@ -109,12 +125,17 @@ class Cell:
     @property
     def tiles(self) -> int:
         """Tiles of `TILE` x `TILE` with a visible pair, over batch and heads; no window."""
+        if self.density:
+            return self.batch * int(self.blocks.sum())
         sides = [math.ceil(length / TILE) for length in self.lengths]
         return self.num_heads * sum(n * (n + 1) // 2 if self.causal else n**2 for n in sides)
 
     @property
     def uniform(self) -> Cell:
-        """The dense cell nearest to a ragged one: about its tokens and pairs, in equal lengths."""
+        """The dense cell nearest to a ragged one: about its tokens and pairs, in equal lengths; or
+        without its block mask."""
+        if self.density:
+            return replace(self, density=0.0)
         tokens = sum(self.lengths)
         seqlen = TILE * round(sum(n**2 for n in self.lengths) / tokens / TILE)
         return replace(self, layout="dense", seqlen=seqlen, batch=round(tokens / seqlen))
@@ -140,6 +161,8 @@ class Cell:
             words.append(f"window {self.window}")
         if self.dropout:
             words.append(f"dropout {self.dropout:g}")
+        if self.density:
+            words.append(f"blocks {self.density:.0%}")
         if self.ragged:
             words.append("packed" if self.layout == "packed" else "left-padded")
         return " ".join(words)
@@ -233,6 +256,12 @@ def _decode(group: str) -> Iterator[Cell]:
     yield from sorted((c for c in made if c.kv_bytes <= KV_LIMIT), key=lambda c: c.kv_bytes)
 
 
+def _blocks(group: str) -> Iterator[Cell]:
+    for head_dim, seqlen in ((64, 8192), (128, 8192), (128, 32768)):
+        for density in (0.05, 0.25, 0.5, 1.0):
+            yield replace(_dense(group, head_dim, False, seqlen), density=density)
+
+
 GROUPS: dict[str, Callable[[str], Iterator[Cell]]] = {
     "core": _core,
     "head_dims": _head_dims,
@@ -241,4 +270,5 @@ GROUPS: dict[str, Callable[[str], Iterator[Cell]]] = {
     "dropout": _dropout,
     "varlen": _varlen,
     "decode": _decode,
+    "blocks": _blocks,
 }

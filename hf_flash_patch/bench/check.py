@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from ..ops.arguments import MaskArguments
 from ..testing.reference import attention_reference
 from ..testing.tolerance import assert_close_to_reference
+from .cells import TILE
 from .problem import Problem, Tensors
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -77,6 +79,15 @@ def check_dropout(dropped: Tensors, plain: Tensors, dropout: float) -> None:
                 )
 
 
+def _blocks(problem: Problem, heads: int, rows: slice) -> MaskArguments | None:
+    """The block mask of some rows of the last heads, element by element."""
+    if not problem.cell.density:
+        return None
+    blocks = problem.cell.blocks[-heads:, rows.start // TILE : rows.stop // TILE]
+    seen = blocks.to(problem.q.device).repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
+    return MaskArguments(attn_bias=seen[None])
+
+
 def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
     return (x.detach().float() * y.detach().float()).sum(dtype=torch.float64).item()
 
@@ -97,6 +108,7 @@ def _formula(problem: Problem, dtype: torch.dtype) -> Tensors:
             q[:, rows],
             k[:, keys],
             v[:, keys],
+            mask=_blocks(problem, q.shape[2], rows),
             causal=cell.causal,
             window_size=cell.window_size,
             dtype=dtype,

@@ -28,8 +28,8 @@ EPILOG = (
     "Everyone's results are checked before they are timed; a peer that does not serve a cell, or "
     "is wrong there, leaves its place empty. Rates are of visible work: TFLOP/s (a causal mask "
     "leaves half, backward has 2.5 times the forward), for decode GB/s of K and V. hfp_dense is "
-    "ours on sequences of equal length, at as many tiles; copy is a copy from memory to memory, "
-    "bytes read and written."
+    "ours on sequences of equal length, or without the block mask, at as many tiles; copy is a "
+    "copy from memory to memory, bytes read and written."
 )
 
 

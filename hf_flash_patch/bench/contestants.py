@@ -23,8 +23,8 @@ from .problem import Attend, Problem
 
 OURS = "hfp"
 
-# Not contestants: what the time is held against. Ours on equal lengths, scaled to as many tiles;
-# a copy from memory to memory, bytes read and written.
+# Not contestants: what the time is held against. Ours on equal lengths, or without a block mask,
+# scaled to as many tiles; a copy from memory to memory, bytes read and written.
 DENSE, COPY = "hfp_dense", "copy"
 YARDSTICKS = (DENSE, COPY)
 
@@ -77,7 +77,7 @@ def _ours(problem: Problem) -> Attend:
 def _sdpa(backend: SDPBackend) -> tuple[str, Callable[[Problem], Attend]]:
     def bind(problem: Problem) -> Attend:
         cell = problem.cell
-        if cell.ragged or cell.window:
+        if cell.ragged or cell.window or cell.density:
             raise Refusal("no mask but causal in linear memory")
         options: dict[str, Any] = {
             "dropout_p": cell.dropout,
@@ -108,6 +108,8 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
         rules = _mask_mods(problem)
         seqlen = problem.documents.numel() if cell.layout == "packed" else cell.seqlen
         block_mask = None
+        if cell.density and problem.mask and problem.mask.block_mask:
+            block_mask = problem.mask.block_mask.to_flex(cell.num_heads)
         if rules:
             batch = cell.batch if cell.layout == "padded" else None
             device = str(problem.q.device)
@@ -166,6 +168,8 @@ def _bind_flash_attn(package: ModuleType, dropout: bool, problem: Problem) -> At
     cell = problem.cell
     if cell.dropout and not dropout:
         raise Refusal("no dropout")
+    if cell.density:
+        raise Refusal("no block mask")
     options: dict[str, Any] = {"causal": cell.causal}
     if cell.window:
         options["window_size"] = cell.window_size

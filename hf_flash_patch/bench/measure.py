@@ -92,7 +92,7 @@ def measure(
                 raise RuntimeError(f"{OURS} fails at {cell.name}: {error}") from error
             verdict = "is wrong" if isinstance(error, Wrong) else "is left out"
             note(f"{contestant.name} {verdict}: {reason(error)}")
-    if cell.ragged:
+    if cell.ragged or cell.density:
         uniform = Problem(cell.uniform, dtype=settings.dtype, device=settings.device)
         attend = contestants[0].bind(uniform)
         entries[DENSE] = Entry(uniform, attend, attend(uniform.q, uniform.k, uniform.v))

@@ -10,9 +10,10 @@ from itertools import accumulate
 
 import torch
 
+from ..masks import from_block_layout
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
-from .cells import Cell
+from .cells import TILE, Cell
 
 Tensors = tuple[torch.Tensor, ...]
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -83,7 +84,13 @@ class Problem:
 
     @cached_property
     def mask(self) -> MaskArguments | None:
-        """What ours is given; padding as the patch gives it, packed once for all layers."""
+        """What ours is given; padding and blocks as the patch gives them, once for all layers."""
+        if self.cell.density:
+            pattern = from_block_layout(self.cell.blocks, TILE)
+            seqlen, num_heads = self.cell.seqlen, self.cell.num_heads
+            return MaskArguments(
+                block_mask=pattern.block_mask(seqlen, num_heads=num_heads, device=self.q.device)
+            )
         if self.cell.layout == "packed":
             longest = max(self.cell.lengths)
             return MaskArguments(
