@@ -20,17 +20,18 @@ MAY_IMPORT = {
     "errors": set(),
     "families": set(),
     "report": set(),
+    "context": {"errors", "families", "integration", "report"},
     "ops": {"errors"},
     "integration": {"errors", "families", "ops"},
-    "patch": {"errors", "families", "integration", "ops", "report"},
+    "patch": {"context", "errors", "families", "integration", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "ops", "testing"},
     "env": {"__init__", "ops"},
-    "cli": {"bench", "env"},
+    "cli": {"bench", "context", "env"},
     "__main__": {"cli"},
-    "__init__": {"errors", "integration", "ops", "patch"},
+    "__init__": {"context", "errors", "integration", "ops", "patch"},
 }
-KNOWS_TRANSFORMERS = {"__init__", "families", "integration", "patch"}
+KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "patch"}
 
 
 def part_of(path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Longer context."""
