@@ -3,6 +3,7 @@
 Importing the package registers the attention name "hfp" with transformers and touches no model.
 """
 
+from .context import extend_context
 from .errors import (
     ContextExtensionError,
     MaskError,
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedKernelError",
     "UnsupportedModelError",
     "__version__",
+    "extend_context",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "patch",
