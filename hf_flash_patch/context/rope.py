@@ -163,7 +163,9 @@ class RopePart:
         return getattr(self.modules[0], "attention_scaling", 1.0)
 
     def _frequencies(self, kind: str) -> int:
-        return len(getattr(self.modules[0], f"{kind}_inv_freq" if kind else "inv_freq"))
+        buffers = dict(_floats(self.modules[0]))
+        # A layer type that no layer has, has no buffer.
+        return len(buffers.get(f"{kind}_inv_freq", next(iter(buffers.values()))))
 
     def _by_parts(self, kind: str, ratio: float) -> list[float]:
         """What YaRN divides each frequency by: 1 for the fast ones, `ratio` for the slow ones."""
@@ -178,7 +180,8 @@ class RopePart:
             )
             config = copy.deepcopy(self.config)
             _write(config, parameters, self.config.max_position_embeddings)
-            inv_freq.append(_build(self.modules[0], config).inv_freq.double())
+            name = f"{kind}_inv_freq" if kind else "inv_freq"
+            inv_freq.append(getattr(_build(self.modules[0], config), name).double())
         return (inv_freq[0] * ratio / inv_freq[1]).clamp(min=1.0).tolist()
 
     def _exact_up_to(self, parameters: dict[str, dict[str, Any]]) -> int:
@@ -339,8 +342,14 @@ def _write(config: Any, parameters: dict[str, Any], maximum: int) -> None:
 
 def _build(module: nn.Module, config: Any) -> Any:
     """A module like `module` from another config, on the CPU: where from_pretrained computes it."""
-    with torch.device("cpu"):
-        return type(module)(config)  # type: ignore[call-arg]
+    try:
+        with torch.device("cpu"):
+            return type(module)(config)  # type: ignore[call-arg]
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise ContextExtensionError(
+            f"{type(module).__name__} cannot be made with rope_parameters="
+            f"{config.rope_parameters}: {error!r}."
+        ) from error
 
 
 def _attention_scales(root: nn.Module, config: Any, new: Any) -> list[tuple[nn.Module, float]]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .living import living
 from .survey import configs_of
 
 
@@ -46,9 +47,8 @@ def _other_owners(root: PreTrainedModel) -> list[str]:
     configs = set(map(id, configs_of(root)))
     mine = set(map(id, root.modules()))
     names = []
-    for candidate in gc.get_objects():
-        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
-        if not issubclass(type(candidate), PreTrainedModel) or id(candidate) in mine:
+    for candidate in living(PreTrainedModel):
+        if id(candidate) in mine:
             continue
         if id(vars(candidate).get("config")) not in configs:
             continue

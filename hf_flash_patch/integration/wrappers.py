@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .living import living
+
 # By name: torch.distributed may be absent from a build. Both FSDP generations.
 _FSDP = {"FullyShardedDataParallel", "FSDPModule"}
 _DDP = {"DistributedDataParallel", "DataParallel"}
@@ -40,27 +42,26 @@ def _holders(model: nn.Module) -> list[str]:
     mine = set(map(id, model.modules()))
     parameters = set(map(id, model.parameters()))
     found = []
-    for candidate in gc.get_objects():
-        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
+    for candidate in living(torch.optim.Optimizer, nn.Module):
         kind = type(candidate)
         if issubclass(kind, torch.optim.Optimizer):
             groups = vars(candidate).get("param_groups", ())
             if any(id(parameter) in parameters for g in groups for parameter in g["params"]):
                 found.append(f"an optimizer ({kind.__name__})")
-        elif issubclass(kind, nn.Module) and id(candidate) not in mine:
-            outside = _bases(kind) & (_DDP | _FSDP) or ({"torch.compile"} & _compile_name(kind))
+        elif id(candidate) not in mine:
+            outside = "torch.compile" if _is_compiled(kind) else _name(kind, _DDP | _FSDP)
             if outside and any(id(module) in mine for module in candidate.modules()):
-                found.append(", ".join(sorted(outside)))
+                found.append(outside)
     return found
-
-
-def _compile_name(kind: type) -> set[str]:
-    return {"torch.compile"} if _is_compiled(kind) else set()
 
 
 def _is_compiled(kind: type) -> bool:
     return "OptimizedModule" in _bases(kind)
 
 
-def _bases(kind: type) -> set[str]:
-    return {base.__name__ for base in kind.__mro__}
+def _name(kind: type, names: set[str]) -> str:
+    return next((name for name in sorted(names) if name in _bases(kind)), "")
+
+
+def _bases(kind: type) -> frozenset[str]:
+    return frozenset(base.__name__ for base in kind.__mro__)
