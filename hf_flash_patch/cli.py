@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from .bench import command as bench
+from .context import command as extend
 from .env import environment
 
 
@@ -21,6 +22,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         bench.run(arguments, partial(print, flush=True))
     except (ImportError, OSError, ValueError) as error:
         print(f"hfp bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _extend(arguments: argparse.Namespace) -> int:
+    try:
+        extend.run(arguments, print)
+    except (OSError, ValueError) as error:
+        print(f"hfp extend: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -43,5 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_arguments(parser_of_bench)
     parser_of_bench.set_defaults(run=_bench)
+    parser_of_extend = commands.add_parser(
+        "extend", help=extend.DESCRIPTION, description=extend.DESCRIPTION
+    )
+    extend.add_arguments(parser_of_extend)
+    parser_of_extend.set_defaults(run=_extend)
     chosen = parser.parse_args(arguments)
     return chosen.run(chosen)

@@ -14,7 +14,7 @@ from ..errors import ContextExtensionError
 from ..families import Family, family_of
 from ..integration.wrappers import holders
 from . import tables
-from .plan import Change, Settings, record_of, set_attribute, set_buffer, set_record
+from .plan import Change, Settings, copies_of, record_of, set_attribute, set_buffer, set_record
 
 # The best without training on a pretrained encoder; the figures are in docs/context.md.
 AUTO = "tile"
@@ -145,17 +145,18 @@ class TablePlan:
                     set_attribute(module, "num_embeddings", len(new), undo)
         for module, name, value in self.buffers:
             set_buffer(module, name, value, undo)
-        stated = getattr(part.config, part.family.length)
-        set_attribute(part.config, part.family.length, self.stated, undo)
-        if getattr(part.config, "n_ctx", None) == stated:
-            set_attribute(part.config, "n_ctx", self.stated, undo)
         first = record_of(part.config).get("original_max_length", self.change.before)
         record = {
             "max_length": self.change.after,
             "original_max_length": first,
             "method": self.change.method,
         }
-        set_record(part.config, record, undo)
+        length = part.family.length
+        for config in copies_of(part.root, part.config, length):
+            if getattr(config, "n_ctx", None) == getattr(config, length):
+                set_attribute(config, "n_ctx", self.stated, undo)
+            set_attribute(config, length, self.stated, undo)
+            set_record(config, record, undo)
 
     def check_undo(self) -> None:
         """Whether the old table can be put back.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ContextExtensionError
+from ..integration.survey import configs_of
 
 RECORD = "context"  # key in config.hfp
 
@@ -81,6 +82,22 @@ def _put_record(config: Any, record: dict[str, Any]) -> None:
         config.hfp = settings
     else:
         vars(config).pop("hfp", None)
+
+
+def copies_of(root: nn.Module, config: Any, *names: str) -> list[Any]:
+    """`config` and its copies in `root`: composite models keep one to save and one to compute by.
+
+    Args:
+        root: the model.
+        config: what a part of it reads.
+        names: attributes that a copy has in common with it.
+    """
+
+    def key(other: Any) -> list[Any]:
+        return [other.model_type, *(getattr(other, name, None) for name in names)]
+
+    wanted = key(config)
+    return [other for other in configs_of(root) if other is config or key(other) == wanted]
 
 
 def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:

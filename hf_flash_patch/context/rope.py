@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ContextExtensionError
 from . import scaling
-from .plan import Change, Settings, record_of, set_attribute, set_record
+from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record
 
 # Layers that see a window of neighbours never meet a distance they were not trained with.
 _LOCAL = ("sliding_attention", "chunked_attention")
@@ -258,14 +258,16 @@ class RopePlan:
 
     def apply(self, undo: contextlib.ExitStack) -> None:
         """Change the model; `undo` collects the way back."""
-        config = self.part.config
-        undo.callback(setattr, config, "rope_parameters", config.rope_parameters)
-        config.rope_parameters = copy.deepcopy(self.parameters)
-        set_attribute(config, "max_position_embeddings", self.maximum, undo)
-        original = _own_original(config, self.parameters)
-        if original is not None:
-            set_attribute(config, "original_max_position_embeddings", original, undo)
-        set_record(config, self.record, undo)
+        part = self.part
+        copies = copies_of(part.root, part.config, "rope_parameters", "max_position_embeddings")
+        for config in copies:
+            undo.callback(setattr, config, "rope_parameters", config.rope_parameters)
+            config.rope_parameters = copy.deepcopy(self.parameters)
+            set_attribute(config, "max_position_embeddings", self.maximum, undo)
+            original = _own_original(config, self.parameters)
+            if original is not None:
+                set_attribute(config, "original_max_position_embeddings", original, undo)
+            set_record(config, self.record, undo)
         for module, fresh in zip(self.part.modules, self.fresh, strict=True):
             _take_over(module, fresh, undo)
         for module, scale in self.scales:

@@ -40,7 +40,7 @@ def switch(
     # From here on the modules' configs are the final ones.
     states = {id(config): (config, dict(vars(config))) for config in configs_of(root)}
     for config, state in states.values():
-        undo.callback(_set_state, config, state)
+        undo.callback(_set_state, config, state, settings)
     foreign = {id(module.config) for module in modules if module.status == "unsupported"}
     served = [
         module
@@ -54,14 +54,14 @@ def switch(
         # transformers' own marker, which it leaves behind on nested configs.
         vars(config).pop("_attn_was_changed", None)
         if key in foreign:
-            _set_state(config, state)
+            _set_state(config, state, settings)
     for module in served:
         # set_attn_implementation misses configs that a model copied for a part of itself, such as
         # T5's encoder.
         if module.implementation != ATTENTION_NAME:
             module.config._attn_implementation_internal = ATTENTION_NAME
     for config in (root.config, *(module.config for module in served)):
-        # An extension keeps its record there, too.
+        # An extension of the context keeps its record there, too.
         config.hfp = {**(getattr(config, "hfp", None) or {}), **settings}
     for module in served:
         if not calls_us(module.module):
@@ -72,13 +72,18 @@ def switch(
     return warnings
 
 
-def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
+def _set_state(config: PreTrainedConfig, state: dict[str, Any], settings: dict[str, Any]) -> None:
     """Put back what a switch may change in a config, and nothing else."""
-    for name in ("_attn_implementation_internal", "hfp", "_attn_was_changed"):
+    for name in ("_attn_implementation_internal", "_attn_was_changed"):
         if name in state:
             vars(config)[name] = state[name]
         else:
             vars(config).pop(name, None)
+    # What others wrote meanwhile stays.
+    now, before = vars(config).pop("hfp", None) or {}, state.get("hfp")
+    kept = {k: v for k, v in now.items() if k not in settings and k not in (before or {})}
+    if kept or before is not None:
+        vars(config)["hfp"] = {**(before or {}), **kept} if kept else before
 
 
 @contextlib.contextmanager
