@@ -23,7 +23,7 @@ class Study:
 
     Args:
         preset: what to do.
-        folder: for the corpus, the checkpoints and the results.
+        folder: for the checkpoints and the results; the corpus goes beside it, for other studies.
         device: where to compute.
         seed: of weights and batches.
         clock: says when to stop.
@@ -45,9 +45,15 @@ class Study:
         self.preset, self.folder, self._device = preset, folder, device
         self._seed, self._clock, self._tune = seed, clock, tune or preset.tune
         self._file = folder / "results.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = f"text-{preset.megabytes:g}MB-{preset.vocab_size}-{preset.documents}"
         self.results: list[Row] = json.loads(self._file.read_text()) if self._file.exists() else []
         self._corpus = corpus(
-            folder, preset.megabytes, preset.documents, preset.document_tokens, preset.vocab_size
+            folder.parent / f"{text}x{preset.document_tokens}",
+            preset.megabytes,
+            preset.documents,
+            preset.document_tokens,
+            preset.vocab_size,
         )
 
     @property

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ContextExtensionError
+from ..integration.configs import quiet_transformers
 from . import scaling
 from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record
 
@@ -20,6 +21,10 @@ _LOCAL = ("sliding_attention", "chunked_attention")
 # Where composite configs keep the configs of what reads and writes text.
 _TEXT_CONFIGS = ("text_config", "text_encoder", "encoder", "decoder", "generator", "thinker_config")
 _TYPES = (*scaling.METHODS, "default", "proportional")
+
+
+class _UnloadableError(ContextExtensionError):
+    """The model's own config does not take a type of rope."""
 
 
 @dataclass
@@ -67,8 +72,7 @@ class RopePart:
     @property
     def method(self) -> str:
         """How the model is scaled now; a type of rope."""
-        far = [t for t in self.flat if t not in _LOCAL] or list(self.flat)
-        return scaling.rope_type(self.flat[far[0]])
+        return scaling.rope_type(self.flat[self._far(self.flat)[0]])
 
     def plan(self, settings: Settings) -> RopePlan:
         """What it takes to reach `settings.max_length`.
@@ -76,31 +80,43 @@ class RopePart:
         Raises:
             ContextExtensionError: it cannot be reached as asked.
         """
-        new = settings.max_length
-        before, method, why = self.came_with, settings.rope, ""
-        scaled_types = [t for t in self.came if t not in _LOCAL] or list(self.came)
-        if method == "auto":
-            native = scaling.rope_type(self.came[scaled_types[0]])
-            method, why = scaling.choose(native, new / before)
-        name = "dict" if isinstance(method, dict) else method
-        if name == "longrope" and "" not in self.came and native_is(self.came, "default"):
-            raise ContextExtensionError(
-                f'rope="longrope": {self.where} has frequencies for each layer type, where '
-                "transformers' longrope fails on the second long input; allowed are 'linear', "
-                "'dynamic', 'yarn' and 'llama3'."
-            )
+        if settings.rope != "auto":
+            return self._plan(settings.rope, "", settings)
+        native = scaling.rope_type(self.came[self._far(self.came)[0]])
+        method, why = scaling.choose(native, settings.max_length / self.came_with)
+        try:
+            return self._plan(method, why, settings)
+        except _UnloadableError:
+            why = f"{type(self.config).__name__} cannot be loaded with {method} scaling"
+            return self._plan("longrope", why, settings)
+
+    @staticmethod
+    def _far(parameters: dict[str, Any]) -> list[str]:
+        """The layer types that see further than a window; all, if there are none."""
+        return [kind for kind in parameters if kind not in _LOCAL] or list(parameters)
+
+    def _plan(self, method: str | dict[str, Any], why: str, settings: Settings) -> RopePlan:
+        new, before = settings.max_length, self.came_with
+        scaled_types = self._far(self.came)
+        if isinstance(method, dict) and set(method) & set(self.came):
+            scaled_types = list(method)  # by layer type: those it names
+            unknown = sorted(set(method) - set(self.came))
+            if unknown:
+                raise ContextExtensionError(
+                    f"rope names the layer types {', '.join(unknown)}; {self.where} has "
+                    f"{', '.join(self.came)}."
+                )
         parameters = copy.deepcopy(self.came)
         for kind in scaled_types:
             parameters[kind] = self._scaled(kind, method, settings)
-        if isinstance(method, dict):
-            name = scaling.rope_type(parameters[scaled_types[0]])
+        name = scaling.rope_type(parameters[scaled_types[0]])
         config = copy.deepcopy(self.config)
-        _write(
-            config, _nested(parameters, self.config.rope_parameters), self._maximum(parameters, new)
-        )
+        nested = _nested(parameters, self.config.rope_parameters)
+        _write(config, nested, self._maximum(parameters, new))
+        _refuse_unloadable(config, name)
         plan = RopePlan(
             part=self,
-            parameters=_nested(parameters, self.config.rope_parameters),
+            parameters=nested,
             maximum=config.max_position_embeddings,
             record={
                 "max_length": new,
@@ -136,8 +152,14 @@ class RopePart:
 
     def _scaled(self, kind: str, method: Any, settings: Settings) -> dict[str, Any]:
         parameters, new, old = self.came[kind], settings.max_length, self.came_with
+        given = method.get(kind, method) if isinstance(method, dict) else {"rope_type": method}
+        if kind and scaling.rope_type(given) == "longrope":
+            raise ContextExtensionError(
+                f'rope="longrope": {self.where} has frequencies for each layer type, where '
+                "transformers' longrope fails on the second long input; allowed are 'linear', "
+                "'dynamic', 'yarn' and 'llama3'."
+            )
         if isinstance(method, dict):
-            given = method.get(kind, method) if kind else method
             return scaling.completed(
                 given,
                 parameters,
@@ -303,11 +325,6 @@ def rope_parts(root: PreTrainedModel) -> list[RopePart]:
     return list(parts.values())
 
 
-def native_is(parameters: dict[str, dict[str, Any]], kind: str) -> bool:
-    """Whether every layer type that sees far came with this type of rope."""
-    return all(scaling.rope_type(p) == kind for t, p in parameters.items() if t not in _LOCAL)
-
-
 def _text_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     found = [config]
     for name in _TEXT_CONFIGS:
@@ -365,6 +382,23 @@ def _attention_scales(root: nn.Module, config: Any, new: Any) -> list[tuple[nn.M
                 fresh: Any = type(module)(new, module.layer_idx)  # type: ignore[call-arg]
             found.append((module, fresh.scaling))
     return found
+
+
+def _refuse_unloadable(config: Any, method: str) -> None:
+    """Some configs take fewer types of rope than transformers has (Phi-3: longrope only)."""
+    try:
+        with quiet_transformers():
+            reloaded = type(config).from_dict(config.to_dict())
+    except Exception as error:  # validators raise classes of their own
+        reason = " ".join(str(error).split())
+        raise _UnloadableError(
+            f"rope={method!r}: {type(config).__name__} could not be loaded again: {reason}"
+        ) from error
+    if reloaded.rope_parameters != config.rope_parameters:
+        raise ContextExtensionError(
+            f"rope={method!r}: {type(config).__name__} would be loaded with "
+            f"{reloaded.rope_parameters} instead of {config.rope_parameters}."
+        )
 
 
 def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:

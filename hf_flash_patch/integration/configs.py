@@ -1,4 +1,4 @@
-"""Config objects that several models share, which transformers never copies."""
+"""Config objects: shared ones, which transformers never copies, and its warnings about them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import copy
 import gc
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .living import living
 from .survey import configs_of
@@ -73,3 +75,14 @@ def _put_back(reference: weakref.ref[nn.Module], name: str, value: Any) -> None:
     module = reference()
     if module is not None:
         vars(module)[name] = value
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings about what is verified here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

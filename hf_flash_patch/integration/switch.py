@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
-from .configs import own_configs
+from .configs import own_configs, quiet_transformers
 from .registry import ATTENTION_NAME
 from .survey import AttentionModule, calls_us, configs_of
 
@@ -48,7 +46,7 @@ def switch(
         if module.status == "served" and id(module.config) not in foreign
     ]
     if served:
-        with _quiet_transformers():
+        with quiet_transformers():
             root.set_attn_implementation(ATTENTION_NAME)
     for key, (config, state) in states.items():
         # transformers' own marker, which it leaves behind on nested configs.
@@ -84,14 +82,3 @@ def _set_state(config: PreTrainedConfig, state: dict[str, Any], settings: dict[s
     kept = {k: v for k, v in now.items() if k not in settings and k not in (before or {})}
     if kept or before is not None:
         vars(config)["hfp"] = {**(before or {}), **kept} if kept else before
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings about what is verified here."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

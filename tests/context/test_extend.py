@@ -124,6 +124,28 @@ def test_longrope_by_layer_type_is_refused():
         hfp.extend_context(model, 256, rope="longrope")
 
 
+def test_a_rope_that_the_config_does_not_take_is_refused():
+    model = tiny_model(AutoModelForCausalLM, "phi3")
+    before = _state(model)
+    with pytest.raises(hfp.ContextExtensionError, match="Phi3Config could not be loaded.*longrope"):
+        hfp.extend_context(model, 256, rope="yarn")
+    assert _state(model) == before
+    report = hfp.extend_context(model, 256)
+    assert report.parts[0].method == "longrope" and report.parts[0].exact_up_to == 64
+    assert report.parts[0].why == "Phi3Config cannot be loaded with yarn scaling"
+
+
+def test_a_dict_by_layer_type():
+    model = tiny_model(AutoModelForCausalLM, "gemma3_text")
+    sliding = model.config.rope_parameters["sliding_attention"]
+    linear = {"rope_type": "linear", "factor": 2.0}
+    with pytest.raises(hfp.ContextExtensionError, match="layer types global; .* has sliding_att"):
+        hfp.extend_context(model, 256, rope={"full_attention": linear, "global": linear})
+    hfp.extend_context(model, 256, rope={"sliding_attention": linear})
+    assert model.config.rope_parameters["sliding_attention"] == {**sliding, **linear}
+    assert model.config.rope_parameters["full_attention"]["rope_type"] == "default"
+
+
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1}
 NOTHING = {
     "ALiBi": (BloomModel, BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
