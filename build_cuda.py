@@ -32,6 +32,8 @@ SOURCE_FOLDER = {"sm80": "sm80", "sm86": "sm80", "sm90": "sm90"}
 # for sm_90 saves Hopper the compilation at load, and sm_90a code (TMA, wgmma) runs nowhere else.
 AMPERE_CODE = [f"arch=compute_80,code={code}" for code in ("sm_80", "sm_90", "compute_80")]
 ARCH_CODE = {"sm80": AMPERE_CODE, "sm86": AMPERE_CODE, "sm90": ["arch=compute_90a,code=sm_90a"]}
+# The two kernels of decode overlap from 9.0 on, where their code can ask for it.
+DECODE_CODE = ["arch=compute_80,code=sm_80", "arch=compute_90,code=[sm_90,compute_90]"]
 
 # One library for Python >= 3.10 and torch >= 2.10.
 STABLE_ABI = [
@@ -61,6 +63,11 @@ class Instance:
     @property
     def arguments(self) -> str:
         return f"{self.arch}, {self.direction}, {self.dtype}, {self.head_dim}"
+
+    @property
+    def code(self) -> list[str]:
+        """What nvcc's -gencode is given."""
+        return DECODE_CODE if self.direction == "decode" else ARCH_CODE[self.arch]
 
     @property
     def source(self) -> str:
@@ -196,7 +203,7 @@ def ninja_file(
         )
 
     for instance in sorted(instances, key=lambda i: -i.head_dim):  # the slowest first
-        gencode = [f"-gencode={code}" for code in ARCH_CODE[instance.arch]]
+        gencode = [f"-gencode={code}" for code in instance.code]
         compile_(folder / "generated" / f"{instance.name}.cu", instance.name, [*device, *gencode])
     for source in sorted(csrc.glob("*.cu")):
         compile_(source, source.name, [*device, *(f"-gencode={code}" for code in AMPERE_CODE)])

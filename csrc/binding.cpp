@@ -134,17 +134,24 @@ std::tuple<Tensor, Tensor> cuda_forward(Tensor q, Tensor k, Tensor v, OptionalTe
                   window_left,  window_right, softcap,      dropout_p};
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const int rows = call.varlen() ? 0 : 1;
+  const Dtype dtype = dtype_of(q);
   Tensor out = empty(q, q.sizes(), q.scalar_type());
   const int64_t lse_size[] = {q.size(0), q.size(rows + 1), q.size(rows)};  // variable length has no batch
   Tensor lse = empty(q, {lse_size + 1 - rows, size_t(2 + rows)}, ScalarType::Float);
-  AttentionParams p;
+  DecodeParams p;
   fill(p, q, k, v, out, lse, call);
-  OptionalTensor tile_counter;
-  if (p.mask.uneven()) {
-    tile_counter = empty(q, {1}, ScalarType::Int);
-    p.tile_counter = data_or_null<int>(tile_counter);
+  OptionalTensor scratch;
+  if (const int64_t bytes = decode(p, dtype, nullptr)) {
+    scratch = empty(q, {bytes}, ScalarType::Byte);
+    p.scratch = scratch->data_ptr();
+    decode(p, dtype, current_stream(q));
+    return {out, lse};
   }
-  forward(p, dtype_of(q), current_stream(q));
+  if (p.mask.uneven()) {
+    scratch = empty(q, {1}, ScalarType::Int);
+    p.tile_counter = data_or_null<int>(scratch);
+  }
+  forward(p, dtype, current_stream(q));
   return {out, lse};
 }
 

@@ -15,6 +15,7 @@ struct Launch {
   int threads;
   int shared_bytes;
   cudaStream_t stream;
+  bool starts_early = false;  // may start before the kernel in front of it has ended, and waits for it itself
 };
 
 inline void check(cudaError_t status, const char* name) {
@@ -23,8 +24,8 @@ inline void check(cudaError_t status, const char* name) {
 }
 
 // Nothing is launched for zero blocks.
-template <auto kKernel, class Params>
-void launch(const Launch& l, const Params& params) {
+template <auto kKernel, class... Params>
+void launch(const Launch& l, const Params&... params) {
   if (l.blocks == 0) return;
   if (l.blocks > 0x7fffffff)
     throw std::runtime_error(std::string("hf_flash_patch: ") + l.name + ": more than 2^31 - 1 tiles");
@@ -38,8 +39,15 @@ void launch(const Launch& l, const Params& params) {
       allowed.fetch_or(bit, std::memory_order_relaxed);
     }
   }
-  kKernel<<<static_cast<unsigned>(l.blocks), l.threads, l.shared_bytes, l.stream>>>(params);
-  check(cudaGetLastError(), l.name);
+  cudaLaunchAttribute early{.id = cudaLaunchAttributeProgrammaticStreamSerialization};
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{.gridDim = static_cast<unsigned>(l.blocks),
+                            .blockDim = static_cast<unsigned>(l.threads),
+                            .dynamicSmemBytes = static_cast<size_t>(l.shared_bytes),
+                            .stream = l.stream,
+                            .attrs = &early,
+                            .numAttrs = l.starts_early ? 1u : 0u};
+  check(cudaLaunchKernelEx(&config, kKernel, params...), l.name);
 }
 
 }  // namespace hfp

@@ -92,4 +92,25 @@ struct BackwardParams : AttentionParams {
   int64_t scratch_rows = 0;  // rows per head over the whole batch
 };
 
+// Rows of a tile of decode at most, and where they are few: the shape of its thread blocks depends on it.
+constexpr int kDecodeRows = 64;
+constexpr int kDecodeFewRows = 16;
+constexpr int kDecodeBytes = 82 * 1024;  // shared memory that every shape can do with
+
+struct DecodeParams : AttentionParams {
+  int blocks = 0;             // thread blocks, no more than run at once
+  int shared_bytes = 0;       // that each of them may have
+  bool starts_early = false;  // whether the second kernel may start before the first has ended
+  void* scratch = nullptr;    // as large as the instance asks for, on 256 bytes; it carves what follows from it
+  // Of the first and the last tile of each thread block, which may be incomplete: [2 * blocks, packed rows of a tile,
+  // ...]
+  float* partial_out = nullptr;   // [..., padded head_dim] sums of 2^(logit - top) v
+  float* partial_sums = nullptr;  // [..., 2] top, sum of 2^(logit - top), in base 2
+
+  // Rows of the query heads that share a key head.
+  int64_t packed_rows() const { return int64_t{mask.seqlen_q} * heads_per_group; }
+  bool few_rows() const { return packed_rows() <= kDecodeFewRows; }
+  int64_t tiles() const { return int64_t{batch} * num_heads_k * ((packed_rows() + kDecodeRows - 1) / kDecodeRows); }
+};
+
 }  // namespace hfp

@@ -3,6 +3,7 @@
 Importing the package registers the attention name "hfp" with transformers and touches no model.
 """
 
+from . import masks
 from .context import extend_context
 from .errors import (
     ContextExtensionError,
@@ -26,6 +27,7 @@ __all__ = [
     "extend_context",
     "flash_attn_func",
     "flash_attn_varlen_func",
+    "masks",
     "patch",
     "patched",
     "unpatch",

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,19 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .context import Extension, plan_extension
-from .errors import ContextExtensionError, UnsupportedKernelError, UnsupportedModelError
+from .errors import (
+    ContextExtensionError,
+    MaskError,
+    UnsupportedKernelError,
+    UnsupportedModelError,
+)
 from .families import family_of
+from .integration.assignment import Assigned, as_settings, assign, describe, set_patterns
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
 from .integration.switch import switch
 from .integration.wrappers import compiled_or_sharded
+from .masks.pattern import Pattern
 from .ops.library import extension_status
 from .report import ModuleRow, Report
 
@@ -36,7 +43,7 @@ def patch(
     max_length: int | None = None,
     rope: str | dict = "auto",
     positions: str = "auto",
-    mask: Any = None,
+    mask: Pattern | Callable[[int], Pattern | None] | None = None,
     tokenizer: Any = None,
     backend: str = "auto",
     strict: bool = True,
@@ -48,7 +55,9 @@ def patch(
         max_length: maximum context in tokens to extend to, see `extend_context`; None leaves it.
         rope: with max_length, how to scale RoPE, as in `extend_context`.
         positions: with max_length, how to grow a learned position table, as in `extend_context`.
-        mask: a sparse attention pattern; not available yet.
+        mask: a pattern of `hf_flash_patch.masks`, or a callable from a layer's index to one or
+            None; on top of what the model masks itself, in every self-attention of its text part.
+            Kept in `model.config.hfp`, unless it is code; None keeps what stands there.
         tokenizer: its model_max_length follows `max_length`; without it, nothing happens to a
             tokenizer.
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda"
@@ -69,10 +78,8 @@ def patch(
             was.
         ContextExtensionError: the context cannot be extended as asked, or rope, positions or
             tokenizer was given without max_length. The model is as it was.
-        NotImplementedError: mask was given.
+        MaskError: mask is neither, or has patterns for other numbers of heads.
     """
-    if mask is not None:
-        raise NotImplementedError("patch(mask=...) is not available yet; leave mask out.")
     _refuse_wrapped(model)
     roots = pretrained_roots(model)
     if not roots:
@@ -83,8 +90,8 @@ def patch(
         )
     for root in roots:
         _refuse_patched(root)
-    settings = {"backend": _chosen_backend(backend, roots[0].config)}
-    plans = [_plan(root, strict) for root in roots]
+    backend = _chosen_backend(backend, roots[0].config)
+    plans = [_plan(root, strict, backend, mask) for root in roots]
     extension = None
     if max_length is not None:
         extension = plan_extension(
@@ -93,7 +100,7 @@ def patch(
     else:
         _refuse_without_length(rope=rope, positions=positions, tokenizer=tokenizer)
     register()  # someone may have cleared transformers' table
-    return Patch(roots, plans, settings, extension)
+    return Patch(roots, plans, backend, extension)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -129,10 +136,10 @@ class Patch:
         self,
         roots: list[PreTrainedModel],
         plans: list[_Plan],
-        settings: dict[str, Any],
+        backend: str,
         extension: Extension | None = None,
     ):
-        self.backend = settings["backend"]
+        self.backend = backend
         self.reports: tuple[Report, ...] = ()
         self._undo = contextlib.ExitStack()
         self._roots = [weakref.ref(root) for root in roots]
@@ -142,10 +149,10 @@ class Patch:
             if extension is not None:
                 texts = extension.apply(undo)
             for root, plan in zip(roots, plans, strict=True):
-                plan.warnings += switch(root, plan.modules, settings, undo)
+                plan.warnings += switch(root, plan.modules, plan.settings, undo)
+                set_patterns(root, plan.assigned, undo)
             self.reports = tuple(
-                _report(root, plan, settings, extension)
-                for root, plan in zip(roots, plans, strict=True)
+                _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
             )
             for text in texts + [text for plan in plans for text in plan.warnings]:
                 warnings.warn(text, stacklevel=3)  # may be an error to the caller
@@ -197,6 +204,8 @@ class _Plan:
 
     modules: list[AttentionModule]
     before: dict[str, str]
+    settings: dict[str, Any]
+    assigned: list[Assigned] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of(self, status: str) -> list[AttentionModule]:
@@ -250,10 +259,11 @@ def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
     return backend
 
 
-def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
+def _plan(root: PreTrainedModel, strict: bool, backend: str, mask: Any) -> _Plan:
     name = type(root).__name__
     modules = survey(root)
-    plan = _Plan(modules, {module.name: module.implementation for module in modules})
+    before = {module.name: module.implementation for module in modules}
+    plan = _Plan(modules, before, {"backend": backend})
     served, unsupported = plan.of("served"), plan.of("unsupported")
     if any(getattr(config, "output_attentions", False) for config in configs_of(root)):
         raise UnsupportedModelError(
@@ -275,12 +285,18 @@ def _plan(root: PreTrainedModel, strict: bool) -> _Plan:
         raise UnsupportedModelError(
             f"{name} has no attention that goes through transformers' AttentionInterface."
         )
+    if mask is None:
+        mask = (getattr(root.config, "hfp", None) or {}).get("mask")
+    if mask is not None:
+        plan.assigned = assign(root, modules, mask)
+        if not plan.assigned:
+            raise MaskError(f"{name} has no self-attention that a mask could be for.")
+        with contextlib.suppress(MaskError):  # code; the report says so
+            plan.settings["mask"] = as_settings(plan.assigned)
     return plan
 
 
-def _report(
-    root: PreTrainedModel, plan: _Plan, settings: dict[str, Any], extension: Extension | None
-) -> Report:
+def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> Report:
     rows: dict[tuple, int] = {}
     for module in plan.modules:
         after = ATTENTION_NAME if module.status == "served" and calls_us(module.module) else "own"
@@ -297,7 +313,14 @@ def _report(
     family_text = "not in the table"
     if family is not None:
         family_text = f"{family.name} ({family.positions} positions)"
-    backend = settings["backend"]
+    if plan.assigned and "mask" not in plan.settings:
+        notes.append(
+            "mask: made of code, which config.hfp cannot keep; give it again on reloading."
+        )
+    left = sum(module.status == "served" for module in plan.modules) - len(plan.assigned)
+    if plan.assigned and left:
+        notes.append(f"mask: not for {left} modules that attend to another sequence or modality.")
+    backend = plan.settings["backend"]
     if not extension_status().loaded:
         backend += f" (compiled kernels: {extension_status().reason})"
     return Report(
@@ -308,6 +331,7 @@ def _report(
         device=str(parameter.device),
         max_length=getattr(text_config, "max_position_embeddings", None),
         modules=tuple(ModuleRow(k[0], count, *k[1:]) for k, count in rows.items()),
+        mask=describe(plan.assigned) if plan.assigned else None,
         notes=tuple(notes),
         context=extension.report if extension is not None else None,
     )

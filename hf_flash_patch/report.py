@@ -129,6 +129,7 @@ class Report:
         modules: what happened to the attention modules.
         notes: anything else a user should know.
         context: how the context was extended; None if it was not.
+        mask: the pattern put on top of the model's own masks; None for none.
     """
 
     model: str
@@ -140,6 +141,7 @@ class Report:
     modules: tuple[ModuleRow, ...]
     notes: tuple[str, ...] = ()
     context: ContextReport | None = None
+    mask: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data (JSON)."""
@@ -154,7 +156,7 @@ class Report:
         )
         if self.context is not None:
             context = self.context.summary
-        return [
+        facts = [
             ("model", self.model),
             ("family", self.family),
             ("backend", self.backend),
@@ -162,6 +164,7 @@ class Report:
             ("context", context),
             *(self.context.lines() if self.context is not None else ()),
         ]
+        return facts if self.mask is None else [*facts, ("mask", self.mask)]
 
     def __str__(self) -> str:
         lines = [f"{label:<9}{value}" for label, value in self.facts()]

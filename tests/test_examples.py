@@ -188,3 +188,20 @@ def test_no_text_is_in_both_splits(monkeypatch, tmp_path):
     assert data.split(texts) == (["a", "d"], ["b"])
     cut = dict(data.packages(1500))
     assert sum(map(len, cut.values())) < 1900
+
+
+def test_block_sparse(tmp_path, capsys):
+    import block_sparse
+
+    arguments = block_sparse.Arguments(seqlen=256, new_tokens=3, pictures=str(tmp_path))
+    assert block_sparse.main(arguments) == 0
+    assert "largest difference" in capsys.readouterr().out
+    assert {path.stem for path in tmp_path.iterdir()} == set(block_sparse.PICTURES)
+
+
+def test_block_sparse_tells_right_from_wrong(monkeypatch):
+    import block_sparse
+
+    monkeypatch.setattr(block_sparse, "written_out", lambda name, pattern, n, device: None)
+    monkeypatch.setattr(block_sparse, "measure", lambda *_: None)
+    assert block_sparse.main(block_sparse.Arguments(new_tokens=3)) == 1

@@ -21,15 +21,16 @@ MAY_IMPORT = {
     "families": set(),
     "report": set(),
     "context": {"errors", "families", "integration", "report"},
-    "ops": {"errors"},
-    "integration": {"errors", "families", "ops"},
-    "patch": {"context", "errors", "families", "integration", "ops", "report"},
+    "masks": {"errors"},
+    "ops": {"errors", "masks"},
+    "integration": {"errors", "families", "masks", "ops"},
+    "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "ops", "testing"},
     "env": {"__init__", "ops"},
-    "cli": {"bench", "context", "env"},
+    "cli": {"bench", "context", "env", "masks"},
     "__main__": {"cli"},
-    "__init__": {"context", "errors", "integration", "ops", "patch"},
+    "__init__": {"context", "errors", "integration", "masks", "ops", "patch"},
 }
 KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "patch"}
 

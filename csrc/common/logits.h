@@ -47,8 +47,8 @@ class LogitBias {
 
 // Hides what the mask hides, element by element, with the tests that the block needs (`why`, see Mask::hidden). `start`
 // is the warp's first column: a multiple of 32, or of 16 if the warp has no more than 16 columns.
-template <int kM, int kN>
-__device__ __forceinline__ void mask_elements(const Mask& mask, unsigned why, float (&s)[kM][kN][4], int row, int start,
+template <int kM, int kN, class M>
+__device__ __forceinline__ void mask_elements(const M& mask, unsigned why, float (&s)[kM][kN][4], int row, int start,
                                               int lane) {
   const int lane_col = 2 * (lane & 3);
   const auto hide_where = [&](auto hidden) {

@@ -50,12 +50,17 @@ struct Softmax {
     }
   }
 
-  // Completes the sums; returns the natural-log sum of exponentials of row (i, h), -inf where it saw nothing.
-  __device__ float finish(int i, int h, float scale) {
+  // Completes the sum of row (i, h).
+  __device__ float complete(int i, int h) {
     float sum = row_sum[i][h];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    row_sum[i][h] = sum;
+    return row_sum[i][h] = sum;
+  }
+
+  // Completes the sum; returns the natural-log sum of exponentials of row (i, h), -inf where it saw nothing.
+  __device__ float finish(int i, int h, float scale) {
+    const float sum = complete(i, h);
     constexpr float kLn2 = 0.69314718055994531f;
     return sum > 0.f ? kLn2 * fmaf(row_max[i][h], scale, __log2f(sum)) : -INFINITY;
   }

@@ -33,6 +33,10 @@ struct Tile {
   __device__ static constexpr uint32_t step(uint32_t addr, int chunks) {
     return (addr ^ ((chunks % kChunks) << 4)) + (chunks / kChunks) * kPanelBytes;
   }
+  // From offset(r, c) to offset(r + rows, c), where the low three bits of rows are clear in r.
+  __device__ static constexpr uint32_t step_rows(uint32_t addr, int rows) {
+    return (addr ^ (permute(rows) << 4)) + rows * kRowBytes;
+  }
 };
 
 // Lanes of an ldmatrix.x4, which reads four 8 x 8 matrices: where lane l points.
@@ -164,7 +168,7 @@ class RowLoader {
 #pragma unroll
     for (unsigned p = 0; p < (kPieces + kThreads - 1) / kThreads; ++p) {
       if constexpr (kInStep) {
-        cp_async16(tile + first_ + p * kStep * T::kRowBytes, from, static_cast<int>(p * kStep) < rows ? bytes_ : 0);
+        cp_async16(T::step_rows(tile + first_, p * kStep), from, static_cast<int>(p * kStep) < rows ? bytes_ : 0);
         from += kStep * row_stride;
       } else {
         const unsigned i = p * kThreads + thread_;
@@ -179,10 +183,11 @@ class RowLoader {
  private:
   static constexpr unsigned kRowChunks = T::kCols / 8;
   static constexpr unsigned kPieces = T::kRows * kRowChunks;
-  // Where the block of threads covers a multiple of 8 whole rows at a time, a thread keeps its column and its place in
-  // the permutation and only steps down: its state is one pointer, one offset and one count.
+  // Where the block of threads covers a multiple of 8 whole rows at a time, or 1, 2 or 4, a thread keeps its column and
+  // only steps down: its state is one pointer, one offset and one count.
   static constexpr unsigned kStep = kThreads / kRowChunks;
-  static constexpr bool kInStep = kThreads % kRowChunks == 0 && kStep % 8 == 0 && kPieces % kThreads == 0;
+  static constexpr bool kInStep =
+      kThreads % kRowChunks == 0 && (kStep % 8 == 0 || 8 % kStep == 0) && kPieces % kThreads == 0;
 
   __device__ int piece_bytes(int chunk) const { return 2 * min(max(head_dim_ - chunk * 8, 0), 8); }
 

@@ -12,6 +12,7 @@ namespace hfp::sm80 {
 // (docs/kernel-notes.md). Bytes beyond these limits fail the build.
 // ptxas-spill-ok(sm8014forward_kernel, 260): loop invariants only
 // ptxas-spill-ok(sm8015backward_kernel, 400): loop invariants only
+// ptxas-spill-ok(sm8013decode_kernel, 70): once a tile, none in the main loop
 
 struct sm80 {};
 struct sm86 {};
@@ -40,6 +41,17 @@ struct ForwardTraits<sm86, 256> {  // 96 KB
   static constexpr int kBlockK = 64;
   static constexpr int kWarps = 4;
   static constexpr int kBlocksPerSM = 1;
+};
+
+// Decode: kWarpsQ x kWarpsK warps share kM * kWarpsQ * 16 rows and kBlockK keys. K and V of a step are 32 KB, less for
+// 32 and 96; a thread block keeps as many steps on their way as its shared memory holds. With many rows a warp has 32
+// where it can, because it reads all its keys from shared memory for them.
+template <int kHeadDim, bool kManyRows>
+struct DecodeTraits {
+  static constexpr int kBlockK = kHeadDim <= 64 ? 128 : kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kM = kManyRows && kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kWarpsQ = kManyRows ? 2 : 1;
+  static constexpr int kWarpsK = kManyRows || kHeadDim > 128 ? 2 : 4;
 };
 
 // Eight warps: S and dP are split kWarpsQ x (8 / kWarpsQ) over rows and keys, dK and dV kWarpsK x (8 / kWarpsK) over

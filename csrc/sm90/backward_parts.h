@@ -22,19 +22,33 @@ struct Backward {
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kBlockK = 64 * kConsumers;
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+
+  // Up to 128 columns each consumer has 64 keys of its own, which is what registers hold of dK and dV. With more, both
+  // have the same 64 keys, half of the queries of S and half of the columns of dK and dV.
+  static constexpr bool kWide = kHeadDim > 128;
+  static constexpr int kBlockK = kWide ? 64 : 128;
   // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
   // S of the next is asked for, and the tile's logits are plain.
   static constexpr int kBlockQ = kHeadDim <= 32 || (kHeadDim == 64 && kVariant != Variant::kGeneral) ? 128 : 64;
   static constexpr bool kOverlapsDv = kHeadDim != 64 || kBlockQ == 64;
-  static constexpr int kStagesQ = 3;  // Q is read until dK, which runs a step behind
-  static constexpr int kStagesDo = 2;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kStagesQ = kWide ? 2 : 3;  // Q is read until dK, which runs a step behind
+  static constexpr int kStagesDo = kWide ? 1 : 2;
+  static constexpr int kStagesS = kWide ? 1 : 2;  // of dS
+
+  // What a consumer holds: of S^T and dP^T its first key and query and so many queries, of dK and dV its first column
+  // and so many columns.
+  static constexpr int kQueries = kWide ? kBlockQ / 2 : kBlockQ;
+  static constexpr int kColumns = kWide ? kHeadDim / 2 : kHeadDim;
+  __device__ static constexpr int first_key(int group) { return kWide ? 0 : 64 * group; }
+  __device__ static constexpr int first_query(int group) { return kWide ? kQueries * group : 0; }
+  __device__ static constexpr int first_column(int group) { return kWide ? kColumns * group : 0; }
 
   // How the consumers share dQ: 64 rows each of 128, or columns. 96 columns are no two equal parts that start on
   // panels; both compute 64 then, and the second keeps the last 32.
   static constexpr bool kByRows = kBlockQ == 128;
   static constexpr int kDqColumns = kByRows ? kHeadDim : kHeadDim == 96 ? 64 : kHeadDim / 2;
+  static constexpr int kDqRounds = kWide ? 2 : 1;  // in which it goes through shared memory
   static constexpr int kDqTileBytes = kBlockQ * kHeadDim * 4;
   // Where a consumer's part of the tile begins, in bytes, and the first column that it computes.
   __device__ static constexpr int dq_offset(int group) {
@@ -46,21 +60,29 @@ struct Backward {
 
   using TileQ = Tile<kBlockQ, kHeadDim>;
   using TileK = Tile<kBlockK, kHeadDim>;
-  using TileS = Tile<kBlockK, kBlockQ>;  // dS, transposed
-  struct Step {                          // of the loop over query tiles, as the loader tells it
-    int row0;
-    int head;        // in its group
+  using TileS = Tile<kBlockK, kBlockQ>;  // dS and P, transposed
+  struct Step {                          // of the loop over query tiles, as the consumers see it
+    int row0, head;
     unsigned flags;  // Hidden, and:
   };
-  static constexpr unsigned kLast = 16;     // of the key block
-  static constexpr unsigned kNothing = 32;  // there is no step
+  static constexpr unsigned kFirst = 16, kLast = 32;  // of the key block
+  static constexpr unsigned kNothing = 64;            // the key block has no step
+  static constexpr unsigned kExit = 128;
+  struct Plan : Step {  // as the loader and the adder see it
+    int row, batch;     // coordinates of the query tile in Q and dO
+    int key_row, head_k;
+    int turn;         // how many key blocks add to the tile before this one
+    int64_t scratch;  // row
+  };
+  static constexpr int kPlans = 4;
   struct Barriers {
     float lse[kStagesQ][kBlockQ], delta[kStagesDo][kBlockQ];
     int2 seen[kBlockK];  // rows that see each key
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
-    uint64_t tile_full, tile_empty;
+    uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty;
+    Plan plan[kPlans];
     Step step[kStagesQ];
     int tile;
   };
@@ -68,9 +90,10 @@ struct Backward {
   static constexpr int kAtV = kAtK + TileK::kBytes;
   static constexpr int kAtQ = kAtV + TileK::kBytes;
   static constexpr int kAtDo = kAtQ + kStagesQ * TileQ::kBytes;
-  static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;  // two
-  static constexpr int kAtDq = kAtDs + 2 * TileS::kBytes;
-  static constexpr int kTileBytes = kAtDq + kDqTileBytes;
+  static constexpr int kAtDs = kAtDo + kStagesDo * TileQ::kBytes;
+  static constexpr int kAtP = kAtDs + kStagesS * TileS::kBytes;  // wide only: P is no operand in registers
+  static constexpr int kAtDq = kAtP + (kWide ? TileS::kBytes : 0);
+  static constexpr int kTileBytes = kAtDq + kDqTileBytes / kDqRounds;
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
   static_assert(kSharedBytes <= 227 * 1024);
 };
@@ -115,6 +138,80 @@ __device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, 
   return {a.p.next_item, a.total, bars};
 }
 
+// One thread that fetches the block's work and lays out its steps. It alone knows masks: in 24 registers, the loader
+// and the adder would be too slow for that.
+template <class B>
+class Planner {
+ public:
+  __device__ Planner(const BackwardArguments& a, typename B::Barriers* bars) : a_(a), bars_(bars) {}
+
+  __device__ void run() {
+    const BackwardParams& p = a_.p;
+#pragma unroll 1
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (!work.exists()) continue;
+      QueryTiles<B> at(work.mask, work.block, p.heads_per_group);
+      unsigned flags = B::kFirst;
+      if (!at.valid()) {
+        place().flags = B::kNothing;
+        send();
+      }
+      while (at.valid()) {
+        typename B::Plan& plan = place();
+        const int row0 = at.tile * B::kBlockQ, head = work.head_k * p.heads_per_group + at.head;
+        plan.row0 = row0;
+        plan.head = head;
+        plan.row = static_cast<int>(work.seq.offset_q) + row0;
+        plan.batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+        plan.key_row = static_cast<int>(work.seq.offset_k) + work.key0();
+        plan.head_k = work.head_k;
+        plan.turn = at.turn;
+        plan.scratch = head * p.scratch_rows + work.seq.scratch_row(p.mask) + row0;
+        flags |= at.hidden;
+        at.next();
+        plan.flags = at.valid() ? flags : flags | B::kLast;
+        flags = 0;
+        send();
+      }
+    }
+    place().flags = B::kExit;
+    send();
+  }
+
+ private:
+  __device__ __forceinline__ typename B::Plan& place() {
+    barrier_wait(smem_address(bars_->plan_empty + plans_.index), plans_.parity);
+    return bars_->plan[plans_.index];
+  }
+  __device__ __forceinline__ void send() {
+    barrier_arrive(smem_address(bars_->plan_full + plans_.index));
+    plans_.next();
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  Stage<B::kPlans> plans_{1};
+};
+
+// Reads plans one after the other, for one thread.
+template <class B>
+class PlanReader {
+ public:
+  __device__ explicit PlanReader(typename B::Barriers* bars) : bars_(bars) {}
+  __device__ __forceinline__ typename B::Plan next() {
+    barrier_wait(smem_address(bars_->plan_full + plans_.index), plans_.parity);
+    const typename B::Plan plan = bars_->plan[plans_.index];
+    barrier_arrive(smem_address(bars_->plan_empty + plans_.index));
+    plans_.next();
+    return plan;
+  }
+
+ private:
+  typename B::Barriers* bars_;
+  Stage<B::kPlans> plans_{0};
+};
+
 // One thread that copies tiles to shared memory, and tells the consumers of every step.
 template <class B>
 class Loader {
@@ -123,59 +220,44 @@ class Loader {
       : a_(a), bars_(bars), base_(base) {}
 
   __device__ void run() {
+    PlanReader<B> plans(bars_);
 #pragma unroll 1
-    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
-      const KeyBlock<B> work(a_, queue.tile());
-      if (!work.exists()) continue;
-      QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group);
-      if (!at.valid()) {
-        const uint32_t bar = await_q_empty();
-        bars_->step[q_.index] = {0, 0, B::kNothing};
+    for (;;) {
+      const typename B::Plan plan = plans.next();
+      if (plan.flags & B::kExit) return;
+      barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
+      uint32_t bar = smem_address(bars_->q_full + q_.index);
+      bars_->step[q_.index] = plan;
+      if (plan.flags & B::kNothing) {
         barrier_arrive(bar);
         q_.next();
         continue;
       }
-      const int batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-      const int head0 = work.head_k * a_.p.heads_per_group, query0 = static_cast<int>(work.seq.offset_q);
-      const int key0 = static_cast<int>(work.seq.offset_k) + work.key0();
-      bool first = true;
-      do {
-        const int row0 = at.tile * B::kBlockQ, head = head0 + at.head;
-        typename B::Step step{row0, at.head, at.hidden};
-        at.next();
-        if (!at.valid()) step.flags |= B::kLast;
-        const int64_t row_terms = head * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + row0;
-        uint32_t bar = await_q_empty();
-        bars_->step[q_.index] = step;
-        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-        B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, query0 + row0, head, batch);
-        bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + row_terms, B::kBlockQ * 4, bar);
-        q_.next();
-        if (first) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, key0, work.head_k, batch);
-        barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
-        bar = smem_address(bars_->do_full + do_.index);
-        barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-        B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, query0 + row0, head, batch);
-        bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + row_terms, B::kBlockQ * 4, bar);
-        do_.next();
-        if (first) load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, key0, work.head_k, batch);
-        first = false;
-      } while (at.valid());
-      keys_parity_ ^= 1;
+      barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+      B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, plan.row, plan.head, plan.batch);
+      bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + plan.scratch, B::kBlockQ * 4, bar);
+      q_.next();
+      if (plan.flags & B::kFirst) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, plan);
+      barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
+      bar = smem_address(bars_->do_full + do_.index);
+      barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
+      B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, plan.row, plan.head, plan.batch);
+      bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + plan.scratch, B::kBlockQ * 4, bar);
+      do_.next();
+      if (plan.flags & B::kFirst) {
+        load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, plan);
+        keys_parity_ ^= 1;
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t await_q_empty() {
-    barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
-    return smem_address(bars_->q_full + q_.index);
-  }
   __device__ __forceinline__ void load_keys(uint32_t tile, uint64_t* full, uint64_t* empty, const CUtensorMap* map,
-                                            int row, int head, int batch) {
+                                            const typename B::Plan& plan) {
     barrier_wait(smem_address(empty), keys_parity_);
     const uint32_t bar = smem_address(full);
     barrier_expect(bar, B::TileK::kBytes);
-    B::TileK::load(tile, map, bar, row, head, batch);
+    B::TileK::load(tile, map, bar, plan.key_row, plan.head_k, plan.batch);
   }
 
   const BackwardArguments& a_;
@@ -188,58 +270,43 @@ class Loader {
 
 // One thread that adds what the consumers leave in shared memory to dQ's accumulator.
 template <class B>
-class DqAdder {
- public:
-  __device__ DqAdder(const BackwardArguments& a, typename B::Barriers* bars, uint32_t tile_dq)
-      : a_(a), bars_(bars), tile_dq_(tile_dq) {}
-
-  __device__ void run() {
-    auto queue = items_of<B>(a_, bars_);
+__device__ __forceinline__ void add_dq(const sm80::BackwardArguments& p, typename B::Barriers* bars, uint32_t tile_dq) {
+  PlanReader<B> plans(bars);
+  uint32_t parity = 0;
 #pragma unroll 1
-    for (; queue.valid(); queue.next(false)) {
-      const KeyBlock<B> work(a_, queue.tile());
-      if (work.exists()) add_all(work);
+  for (;;) {
+    const typename B::Plan plan = plans.next();
+    if (plan.flags & B::kExit) break;
+    if (plan.flags & B::kNothing) continue;
+    int* turn = p.dq_turn ? p.dq_turn + plan.scratch / B::kBlockQ : nullptr;
+    float* to = p.dq_accum + plan.scratch * B::kHeadDim;
+    if (turn) {
+      while (load_acquire(turn) != plan.turn) __nanosleep(20);
+      async_fence_global();
     }
-    bulk_wait<0>();
-  }
-
- private:
-  __device__ __forceinline__ void add_all(const KeyBlock<B>& work) {
-    const int head0 = work.head_k * a_.p.heads_per_group;
-#pragma unroll 1
-    for (QueryTiles<B> at(work.mask, work.block, a_.p.heads_per_group); at.valid(); at.next()) {
-      const int64_t row =
-          (head0 + at.head) * a_.p.scratch_rows + work.seq.scratch_row(a_.p.mask) + at.tile * B::kBlockQ;
-      int* turn = a_.p.dq_turn ? a_.p.dq_turn + row / B::kBlockQ : nullptr;
-      float* to = a_.p.dq_accum + row * B::kHeadDim;
-      if (turn) {
-        while (load_acquire(turn) != at.turn) __nanosleep(20);
-        async_fence_global();
-      }
+#pragma unroll
+    for (int round = 0; round < B::kDqRounds; ++round) {
 #pragma unroll
       for (int w = 0; w < B::kConsumers; ++w) {
-        barrier_wait(smem_address(bars_->dq_full + w), parity_);
-        bulk_add(to + B::dq_offset(w) / 4, tile_dq_ + B::dq_offset(w), B::dq_offset(w + 1) - B::dq_offset(w));
+        const int bytes = (B::dq_offset(w + 1) - B::dq_offset(w)) / B::kDqRounds;
+        barrier_wait(smem_address(bars->dq_full + w), parity);
+        bulk_add(to + (B::dq_offset(w) + round * bytes) / 4, tile_dq + B::dq_offset(w) / B::kDqRounds, bytes);
         bulk_commit();
       }
       bulk_wait_read<1>();
-      barrier_arrive(smem_address(bars_->dq_empty));
+      barrier_arrive(smem_address(bars->dq_empty));
       bulk_wait_read<0>();
-      barrier_arrive(smem_address(bars_->dq_empty + 1));
-      parity_ ^= 1;
-      if (turn) {
-        bulk_wait<0>();
-        async_fence_global();
-        add_release(turn, 1);
-      }
+      barrier_arrive(smem_address(bars->dq_empty + 1));
+      parity ^= 1;
+    }
+    if (turn) {
+      bulk_wait<0>();
+      async_fence_global();
+      add_release(turn, 1);
     }
   }
-
-  const BackwardArguments& a_;
-  typename B::Barriers* bars_;
-  const uint32_t tile_dq_;
-  uint32_t parity_ = 0;
-};
+  bulk_wait<0>();
+}
 
 // dQ = accumulated * softmax_scale, rounded, in its place. A warp takes 16 rows by 32 columns at a time.
 template <class B>

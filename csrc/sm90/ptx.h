@@ -134,6 +134,11 @@ template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// Groups of four as the operands of one instruction.
+template <typename T, int kN>
+__device__ __forceinline__ T (&flat(T (&x)[kN][4]))[4 * kN] {
+  return reinterpret_cast<T(&)[4 * kN]>(x);
+}
 // Pins registers that a product in flight reads or writes: the compiler must not move an access across.
 template <int kN>
 __device__ __forceinline__ void pin(float (&d)[kN]) {

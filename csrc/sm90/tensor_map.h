@@ -33,10 +33,19 @@ inline CUtensorMap tensor_map(const TensorView& t, int head_dim, int64_t rows, i
   const cuuint32_t box[4] = {cuuint32_t(panel), cuuint32_t(box_rows), 1, 1};
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-                                 t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                 panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto try_encode = [&] {
+    return encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data, sizes,
+                  strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  panel == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = try_encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not used the runtime yet, such as autograd's
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaSetDevice(device), "cudaSetDevice");
+    result = try_encode();
+  }
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("hf_flash_patch: cuTensorMapEncodeTiled failed with " + std::to_string(result));
   }

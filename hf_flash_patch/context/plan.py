@@ -15,9 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import ContextExtensionError
+from ..integration.configs import CONTEXT_RECORD
 from ..integration.survey import configs_of
-
-RECORD = "context"  # key in config.hfp
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Change:
 
 def record_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What an earlier extension wrote into a config; empty if there was none."""
-    return (getattr(config, "hfp", None) or {}).get(RECORD, {})
+    return (getattr(config, "hfp", None) or {}).get(CONTEXT_RECORD, {})
 
 
 def set_record(
@@ -75,9 +74,11 @@ def set_record(
 
 
 def _put_record(config: Any, record: dict[str, Any]) -> None:
-    settings = {k: v for k, v in (getattr(config, "hfp", None) or {}).items() if k != RECORD}
+    settings = {
+        k: v for k, v in (getattr(config, "hfp", None) or {}).items() if k != CONTEXT_RECORD
+    }
     if record:
-        settings[RECORD] = record
+        settings[CONTEXT_RECORD] = record
     if settings:
         config.hfp = settings
     else:

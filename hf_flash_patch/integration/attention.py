@@ -20,6 +20,7 @@ from .dtypes import to_compute_dtype
 from .masking import AttentionMask
 from .outputs import attention_weights_wanted
 from .request import Request
+from .sparse import pattern_of, with_pattern
 
 # Arguments some models hand to an attention function that change its result and that are not
 # served. Anything else unknown is a hint for other implementations.
@@ -98,6 +99,9 @@ def hfp_attention(
 
     request = Request(query.shape[0], query.shape[2], key.shape[2], query.device)
     mask, bias = request.resolve(attention_mask, is_causal, sliding_window)
+    pattern = pattern_of(module)
+    if pattern is not None:
+        mask = with_pattern(mask, pattern, query, key)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
 
@@ -131,6 +135,7 @@ def hfp_attention(
                 f"{type(module).__name__} has a learned position bias and sinks; not both."
             )
         visible = mask.materialise(doc_range)
+        visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
         return _with_learned_bias(query, key, value, bias, visible, options), None
 
     if varlen is not None:

@@ -16,6 +16,8 @@ from transformers.utils import logging
 from .living import living
 from .survey import configs_of
 
+CONTEXT_RECORD = "context"  # key in config.hfp of what an extension of the context did
+
 
 def own_configs(
     root: PreTrainedModel, keeps: str, undo: contextlib.ExitStack

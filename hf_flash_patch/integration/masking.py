@@ -3,8 +3,8 @@
 transformers asks for a mask with a function of indices, a padding mask and the cache's sizes. What
 the kernels can express (causal, windows, padding, documents, a cache longer than what is used)
 becomes a few numbers and tensors linear in the sequence, on the device and without a host sync.
-Every other request is materialised, by transformers' own code, as a dense boolean mask: exact, for
-the torch backend.
+Every other request is materialised, by transformers' own code, as bits of blocks: exact, also
+without a sync, at an eighth of the memory of a boolean mask.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..masks.block_mask import BlockMask
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
 from . import packing
@@ -46,6 +47,10 @@ class AttentionMask:
         dense: bool (batch or 1, num_heads or 1, seqlen_q, seqlen_k) or None; what none of the
             above can say.
         device: where its tensors are.
+        q_start, k_start: positions of the first query (a tensor of one element where only the
+            device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
+        block_mask: lists of blocks, or None.
+        combined: this mask under patterns, by pattern; see `sparse.with_pattern`.
     """
 
     batch_size: int
@@ -60,6 +65,10 @@ class AttentionMask:
     key_bits: torch.Tensor | None = None
     doc_range: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+    q_start: int | torch.Tensor | None = None
+    k_start: int = 0
+    block_mask: BlockMask | None = None
+    combined: dict[Any, AttentionMask] = field(default_factory=dict, repr=False)
     _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # What transformers and accelerate ask of a mask they did not make.
@@ -74,17 +83,22 @@ class AttentionMask:
     @property
     def is_plain(self) -> bool:
         """Whether causality and the window are all there is."""
-        hides = (self.seqused_k, self.key_range, self.doc_range, self.dense)
+        hides = (self.seqused_k, self.key_range, self.doc_range, self.dense, self.block_mask)
         return all(rule is None for rule in hides)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on `device`; accelerate moves what a layer is given to its device."""
         names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
-        moved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in moved.items()
+        moved: dict[str, Any] = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in names
+            if getattr(self, name) is not None
         }
-        return replace(self, device=torch.device(device), _packed={}, **moved)
+        if isinstance(self.q_start, torch.Tensor):
+            moved["q_start"] = self.q_start.to(device, non_blocking=non_blocking)
+        if self.block_mask is not None:
+            moved["block_mask"] = self.block_mask.to(device)
+        return replace(self, device=torch.device(device), combined={}, _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Ranges of the documents that `position_ids` tell apart; None if there is but one.
@@ -117,10 +131,11 @@ class AttentionMask:
             key_bits=self.key_bits,
             doc_range=packing.intersect(self.doc_range, doc_range),
             attn_bias=self.dense,
+            block_mask=self.block_mask,
         )
 
     def materialise(self, doc_range: torch.Tensor | None = None) -> torch.Tensor:
-        """The dense mask, bool (batch, 1, seqlen_q, seqlen_k); quadratic memory.
+        """The dense mask, bool (batch, heads that differ, seqlen_q, seqlen_k); quadratic memory.
 
         Args:
             doc_range: further ranges, int32 (batch, seqlen, 2), to intersect with.
@@ -144,6 +159,8 @@ class AttentionMask:
         ranges = packing.intersect(self.doc_range, doc_range)
         if ranges is not None:
             visible = visible & _in_range(key, ranges[:, None])
+        if self.block_mask is not None:
+            visible = visible & self.block_mask.dense()
         return visible if self.dense is None else visible & self.dense
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -211,11 +228,35 @@ def hfp_mask(
     mask = None if pattern is None else _compact(pattern, request)
     if mask is not None:
         return mask
-    dense = sdpa_mask(**request, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    dense = dense.expand(batch_size, -1, q_length, kv_length)
-    return AttentionMask(
-        batch_size, q_length, kv_length, False, (-1, -1), dense.device, dense=dense
+    return _materialised(request)
+
+
+def _materialised(request: dict[str, Any]) -> AttentionMask:
+    """The request by transformers' own code: bits of blocks, or of keys for a single query."""
+    batch_size, seqlen_q, seqlen_k = (request[n] for n in ("batch_size", "q_length", "kv_length"))
+    first = request["q_offset"]
+
+    def rows_of(rows: slice) -> torch.Tensor:
+        part = {**request, "q_length": rows.stop - rows.start, "q_offset": first + rows.start}
+        seen = sdpa_mask(**part, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+        return seen.expand(batch_size, 1, part["q_length"], seqlen_k)
+
+    mask = AttentionMask(
+        batch_size=batch_size,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        causal=False,
+        window_size=(-1, -1),
+        device=torch.device(request["device"]),
+        q_start=_kept(first),
+        k_start=request["kv_offset"],
     )
+    if seqlen_q != 1:
+        shape = (batch_size, 1, seqlen_q, seqlen_k)
+        return replace(mask, block_mask=BlockMask.from_rows(rows_of, shape, mask.device))
+    visible = rows_of(slice(0, 1))[:, 0, 0]
+    key_range, key_bits = pack_key_padding(visible)
+    return replace(mask, key_padding=visible, key_range=key_range, key_bits=key_bits)
 
 
 def _read(
@@ -318,6 +359,8 @@ def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
         key_range=None if key_range is None else key_range.contiguous(),
         key_bits=key_bits,
         doc_range=None if doc_range is None else doc_range.expand(batch_size, -1, -1),
+        q_start=_kept(request["q_offset"]),
+        k_start=request["kv_offset"],
     )
 
 
@@ -332,6 +375,11 @@ def _key_padding(
     # A static cache is longer than the tokens seen so far.
     columns = F.pad(columns, (0, seqlen_k - columns.shape[1]), value=False).expand(batch_size, -1)
     return None if _may_read(columns) and columns.all() else columns
+
+
+def _kept(offset: int | torch.Tensor) -> int | torch.Tensor:
+    """The offset as it is now: a static cache counts on in the tensor it hands out."""
+    return offset.clone() if isinstance(offset, torch.Tensor) else offset
 
 
 def _in_range(key: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:

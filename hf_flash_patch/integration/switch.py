@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .configs import own_configs, quiet_transformers
+from .configs import CONTEXT_RECORD, own_configs, quiet_transformers
 from .registry import ATTENTION_NAME
 from .survey import AttentionModule, calls_us, configs_of
 
@@ -38,7 +38,7 @@ def switch(
     # From here on the modules' configs are the final ones.
     states = {id(config): (config, dict(vars(config))) for config in configs_of(root)}
     for config, state in states.values():
-        undo.callback(_set_state, config, state, settings)
+        undo.callback(_set_state, config, state)
     foreign = {id(module.config) for module in modules if module.status == "unsupported"}
     served = [
         module
@@ -52,15 +52,14 @@ def switch(
         # transformers' own marker, which it leaves behind on nested configs.
         vars(config).pop("_attn_was_changed", None)
         if key in foreign:
-            _set_state(config, state, settings)
+            _set_state(config, state)
     for module in served:
         # set_attn_implementation misses configs that a model copied for a part of itself, such as
         # T5's encoder.
         if module.implementation != ATTENTION_NAME:
             module.config._attn_implementation_internal = ATTENTION_NAME
     for config in (root.config, *(module.config for module in served)):
-        # An extension of the context keeps its record there, too.
-        config.hfp = {**(getattr(config, "hfp", None) or {}), **settings}
+        config.hfp = {**settings, **_record(config)}
     for module in served:
         if not calls_us(module.module):
             raise UnsupportedModelError(
@@ -70,15 +69,21 @@ def switch(
     return warnings
 
 
-def _set_state(config: PreTrainedConfig, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
     """Put back what a switch may change in a config, and nothing else."""
     for name in ("_attn_implementation_internal", "_attn_was_changed"):
         if name in state:
             vars(config)[name] = state[name]
         else:
             vars(config).pop(name, None)
-    # What others wrote meanwhile stays.
-    now, before = vars(config).pop("hfp", None) or {}, state.get("hfp")
-    kept = {k: v for k, v in now.items() if k not in settings and k not in (before or {})}
-    if kept or before is not None:
-        vars(config)["hfp"] = {**(before or {}), **kept} if kept else before
+    record, before = _record(config), state.get("hfp")
+    vars(config).pop("hfp", None)
+    if before is not None or record:
+        others = {k: v for k, v in (before or {}).items() if k != CONTEXT_RECORD}
+        vars(config)["hfp"] = {**others, **record}
+
+
+def _record(config: PreTrainedConfig) -> dict[str, Any]:
+    """What an extension of the context keeps in `hfp`: its to write, and to take back."""
+    settings = getattr(config, "hfp", None) or {}
+    return {k: v for k, v in settings.items() if k == CONTEXT_RECORD}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import MaskError, UnsupportedKernelError
+from ..masks.block_mask import BlockMask
 from .padding import WORD_BITS
 
 MAX_HEAD_DIM = 256
@@ -49,6 +50,9 @@ class MaskArguments:
         attn_bias: broadcastable to (batch, num_heads, seqlen_q, seqlen_k); bool is True where a
             pair sees each other, float is added to the logits, after softcap. Served by the torch
             backend alone; has no gradient.
+        block_mask: lists of blocks, of the call's lengths, or with cu_seqlens of at least
+            max_seqlen_q and max_seqlen_k; for one sequence or each, one head or each num_heads /
+            num_heads_of_mask of them.
     """
 
     cu_seqlens_q: torch.Tensor | None = None
@@ -60,11 +64,12 @@ class MaskArguments:
     key_bits: torch.Tensor | None = None
     doc_range: torch.Tensor | None = None
     attn_bias: torch.Tensor | None = None
+    block_mask: BlockMask | None = None
 
     @property
     def kernel_ok(self) -> bool:
         """Whether the compiled kernels can express this mask."""
-        return self.attn_bias is None
+        return self.attn_bias is None and self.block_mask is None
 
     @property
     def varlen(self) -> bool:
@@ -78,7 +83,7 @@ class MaskArguments:
     @property
     def empty(self) -> bool:
         """Whether nothing is said, so that causal and window are the whole mask."""
-        return not self._given()
+        return self.block_mask is None and not self._given()
 
     def _given(self) -> dict[str, torch.Tensor]:
         fields = self.__dict__
@@ -101,6 +106,34 @@ class MaskArguments:
             self._validate_varlen(q, k)
         elif given:
             self._validate_dense(q, k)
+        if self.block_mask is not None:
+            self._validate_block_mask(self.block_mask, q, k)
+
+    def _validate_block_mask(self, mask: BlockMask, q: torch.Tensor, k: torch.Tensor) -> None:
+        if mask.device != q.device:
+            raise MaskError(
+                f"block_mask is on {mask.device}, q on {q.device}; lower the pattern there, or "
+                "move the BlockMask once."
+            )
+        batch, num_heads = self.batch_size(q), q.shape[-2]
+        lengths = (mask.seqlen_q, mask.seqlen_k)
+        if self.varlen:
+            needed = (self.max_seqlen_q or 0, self.max_seqlen_k or 0)
+            fits = mask.seqlen_q >= needed[0] and mask.seqlen_k >= needed[1]
+        else:
+            needed = (q.shape[1], k.shape[1])
+            fits = lengths == needed
+        if not fits:
+            raise MaskError(
+                f"block_mask is for (seqlen_q, seqlen_k) = {lengths}, the call has {needed}; lower "
+                "the pattern for these lengths, or give the pattern itself."
+            )
+        if mask.batch_size not in (1, batch) or num_heads % mask.num_heads:
+            raise MaskError(
+                f"block_mask has lists for (batch, heads) = {(mask.batch_size, mask.num_heads)}, "
+                f"the call has {(batch, num_heads)}; the first has to be 1 or the batch, the "
+                "second has to divide num_heads."
+            )
 
     def _validate_varlen(self, q: torch.Tensor, k: torch.Tensor) -> None:
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:

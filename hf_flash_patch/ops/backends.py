@@ -31,6 +31,7 @@ def kernel_obstacle(
     head_dim: int,
     head_dim_v: int | None = None,
     attn_bias: bool = False,
+    block_mask: bool = False,
 ) -> str | None:
     """What keeps the compiled kernels from serving a call, with the way out; None if they can.
 
@@ -39,6 +40,7 @@ def kernel_obstacle(
         head_dim: of q and k.
         head_dim_v: of v, if it differs.
         attn_bias: whether a dense mask or bias is part of the call.
+        block_mask: whether block lists are.
     """
     status = extension_status()
     if not status.loaded:
@@ -57,6 +59,8 @@ def kernel_obstacle(
         return f"head_dim is {head_dim}; 1 to {MAX_HEAD_DIM} is supported"
     if attn_bias:
         return "attn_bias is given; causal, window, key_range, key_bits and doc_range are served"
+    if block_mask:
+        return "block_mask is given, which the compiled kernels do not read yet"
     return None
 
 
@@ -68,13 +72,14 @@ def resolve_backend(
     head_dim: int,
     head_dim_v: int | None = None,
     attn_bias: bool = False,
+    block_mask: bool = False,
 ) -> tuple[str, str]:
     """The engine that serves a call, and the reason.
 
     Args:
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda",
             "torch" or "flash_attn" (the package of that name).
-        device, dtype, head_dim, head_dim_v, attn_bias: as in `kernel_obstacle`.
+        device, dtype, head_dim, head_dim_v, attn_bias, block_mask: as in `kernel_obstacle`.
 
     Returns:
         ("cuda" | "torch" | "flash_attn", reason).
@@ -96,7 +101,12 @@ def resolve_backend(
             )
         return "flash_attn", "asked for"
     obstacle = kernel_obstacle(
-        device=device, dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, attn_bias=attn_bias
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        attn_bias=attn_bias,
+        block_mask=block_mask,
     )
     if obstacle is None:
         return "cuda", "asked for" if backend == "cuda" else "the compiled kernels serve this call"

@@ -35,7 +35,7 @@ def call_package(
         f"dtype {q.dtype}": q.dtype not in (torch.bfloat16, torch.float16),
         f"tensors on {q.device}": not q.is_cuda,
     }
-    for name in ("seqused_k", "key_range", "key_bits", "doc_range", "attn_bias"):
+    for name in ("seqused_k", "key_range", "key_bits", "doc_range", "attn_bias", "block_mask"):
         given[name] = getattr(mask, name) is not None
     refused = [what for what, is_given in given.items() if is_given]
     if refused:

@@ -7,17 +7,22 @@ sees no key gives out 0, lse -inf and no gradient.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import MaskError
+from ..masks.block_mask import BlockMask
+from ..masks.pattern import Pattern
+from ..masks.top_k import TopKBlocks
 from .arguments import MaskArguments, check_options, check_tensors
 from .backends import resolve_backend
 from .dropout import new_rng_state
 from .library import call_attention
 from .padding import pack_key_padding
+from .torch_blocks import tensors_of
+from .torch_mask import host_readable
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -37,7 +42,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_lse: bool = False,
     *,
-    block_mask: Any = None,
+    block_mask: Pattern | BlockMask | None = None,
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Output:
@@ -57,7 +62,8 @@ def flash_attn_func(
             seqlen_q - j|.
         deterministic: gradients are bit-identical from run to run.
         return_lse: also return lse, which is differentiable.
-        block_mask: block-sparse masks; not there yet.
+        block_mask: a pattern of `hf_flash_patch.masks`, lowered for these lengths and kept, or a
+            `BlockMask` on q's device; what it hides costs nothing, block by block.
         key_padding_mask: bool (batch, seqlen_k), True where the key is real.
         backend: "auto", "cuda", "torch" or "flash_attn"; see `resolve_backend`.
 
@@ -69,16 +75,22 @@ def flash_attn_func(
         UnsupportedKernelError: q, k, v or a number is not supported, or the backend cannot serve
             the call.
         MaskError: a mask argument is malformed.
-        NotImplementedError: block_mask is given.
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691), whose argument order this is.
     """
-    _refuse_block_mask(block_mask)
+    mask = _padding_arguments(key_padding_mask, k)
+    if block_mask is not None:
+        check_tensors(q, k, v, varlen=False)
+        if isinstance(block_mask, TopKBlocks):
+            lowered = block_mask.select(q, k, causal=causal, key_padding=key_padding_mask)
+        else:
+            lowered = _lowered(block_mask, q.shape[1], k.shape[1], q)
+        mask = replace(mask or _NO_MASK, block_mask=lowered)
     return attention(
         q,
         k,
         v,
-        mask=_padding_arguments(key_padding_mask, k),
+        mask=mask,
         causal=causal,
         window_size=window_size,
         softmax_scale=softmax_scale,
@@ -108,7 +120,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_lse: bool = False,
     *,
-    block_mask: Any = None,
+    block_mask: Pattern | BlockMask | None = None,
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Output:
@@ -123,19 +135,20 @@ def flash_attn_varlen_func(
         key_padding_mask: refused; leave padded keys out instead.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
         return_lse, block_mask,
-            backend: as in `flash_attn_func`, for each sequence by itself.
+            backend: as in `flash_attn_func`, for each sequence by itself. On a GPU a pattern needs
+            one cu_seqlens for both, since positions then do not depend on lengths, which only a
+            synchronisation could read.
 
     Returns:
         out (total_q, num_heads, head_dim); with return_lse, (out, lse), lse fp32 (num_heads,
         total_q).
 
     Raises:
-        UnsupportedKernelError, MaskError, NotImplementedError: as in `flash_attn_func`. The values
+        UnsupportedKernelError, MaskError: as in `flash_attn_func`. The values
             of cu_seqlens are checked on the CPU; on a GPU that would cost a synchronisation.
 
     Source: Dao, FlashAttention-2 (arXiv 2307.08691), whose argument order this is.
     """
-    _refuse_block_mask(block_mask)
     if key_padding_mask is not None:
         raise MaskError(
             "key_padding_mask is given together with cu_seqlens; leave padded keys out of k, v and "
@@ -147,6 +160,10 @@ def flash_attn_varlen_func(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
+    if block_mask is not None:
+        check_tensors(q, k, v, varlen=True)
+        mask.validate(q, k)
+        mask = replace(mask, block_mask=_lowered_varlen(block_mask, mask, q))
     return attention(
         q,
         k,
@@ -220,6 +237,7 @@ def attention(
         head_dim=head_dim,
         head_dim_v=v.shape[-1],
         attn_bias=mask.attn_bias is not None,
+        block_mask=mask.block_mask is not None,
     )
     if engine == "flash_attn":
         from .flash_attn_package import call_package
@@ -259,6 +277,7 @@ def attention(
         _contiguous(alibi_slopes),
         new_rng_state(q.device) if dropout_p > 0.0 else None,
         mask.attn_bias,
+        *tensors_of(mask.block_mask),
         float(softmax_scale),
         causal,
         window_size[0],
@@ -330,9 +349,45 @@ def _padding_arguments(
     return MaskArguments(key_range=key_range, key_bits=key_bits)
 
 
-def _refuse_block_mask(block_mask: Any) -> None:
-    if block_mask is not None:
-        raise NotImplementedError(
-            "block_mask is not implemented yet. Leave it None; causal, window_size and "
-            "key_padding_mask are there."
+def _lowered(
+    block_mask: Pattern | BlockMask, seqlen_q: int, seqlen_k: int, q: torch.Tensor
+) -> BlockMask:
+    if isinstance(block_mask, BlockMask):
+        return block_mask
+    if isinstance(block_mask, Pattern):
+        return block_mask.block_mask(seqlen_q, seqlen_k, q.shape[-2], q.device)
+    raise MaskError(
+        f"block_mask is a {type(block_mask).__name__}; it has to be a pattern of "
+        "hf_flash_patch.masks or a BlockMask. A dense mask becomes one by BlockMask.from_dense, "
+        "FlexAttention's by masks.from_flex."
+    )
+
+
+def _lowered_varlen(
+    block_mask: Pattern | BlockMask, mask: MaskArguments, q: torch.Tensor
+) -> BlockMask:
+    """One list for all sequences where positions count from each one's start, else one each."""
+    assert mask.max_seqlen_q is not None and mask.max_seqlen_k is not None
+    assert mask.cu_seqlens_q is not None and mask.cu_seqlens_k is not None
+    if isinstance(block_mask, TopKBlocks):
+        raise MaskError(
+            f"{block_mask} is for the dense layout; with cu_seqlens, call flash_attn_func for each "
+            "sequence, or use a pattern of positions."
         )
+    longest = max(mask.max_seqlen_q, mask.max_seqlen_k)
+    one_each = isinstance(block_mask, Pattern) and block_mask.batches > 1
+    if isinstance(block_mask, BlockMask) or mask.cu_seqlens_q is mask.cu_seqlens_k:
+        return _lowered(block_mask, longest, longest, q)
+    if not host_readable(q.device):
+        raise MaskError(
+            "block_mask is a pattern, cu_seqlens_q and cu_seqlens_k are two tensors: where a "
+            "sequence's queries start is known on the device only. Pass one tensor for both, or "
+            "BlockMask.stack of each sequence's block_mask(seqlen_q, seqlen_k, ...)."
+        )
+    if one_each:
+        raise MaskError(
+            f"the pattern is for {block_mask.batches} sequences; with cu_seqlens_q and "
+            "cu_seqlens_k of their own, pass BlockMask.stack of one mask a sequence."
+        )
+    lengths = zip(mask.cu_seqlens_q.diff().tolist(), mask.cu_seqlens_k.diff().tolist(), strict=True)
+    return BlockMask.stack([_lowered(block_mask, a, b, q) for a, b in lengths])

@@ -31,6 +31,11 @@ _MASK = (
     "Tensor? rng_state"
 )
 _BIAS = "Tensor? attn_bias"
+# `BlockMask.tensors()` and, for the torch engine, `BlockMask.host_lists()`.
+_BLOCKS = (
+    "Tensor? row_offsets, Tensor? row_entries, Tensor? column_offsets, Tensor? column_entries, "
+    "Tensor? tiles, Tensor? tiles_t, Tensor? host_offsets, Tensor? host_entries"
+)
 _SCALARS = (
     "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
     "float dropout_p"
@@ -38,14 +43,15 @@ _SCALARS = (
 _GRADS_IN = "Tensor dout, Tensor? dlse"
 
 _SCHEMAS = {
-    "attention": f"({_QKV}, {_MASK}, {_BIAS}, {_SCALARS}, bool deterministic, str backend) -> "
+    "attention": f"({_QKV}, {_MASK}, {_BIAS}, {_BLOCKS}, {_SCALARS}, bool deterministic, str "
+    "backend) -> "
     "(Tensor, Tensor)",
     "cuda_forward": f"({_QKV}, {_MASK}, {_SCALARS}) -> (Tensor, Tensor)",
     "cuda_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_SCALARS}, bool "
     "deterministic) -> (Tensor, Tensor, Tensor)",
-    "torch_forward": f"({_QKV}, {_MASK}, {_BIAS}, {_SCALARS}) -> (Tensor, Tensor)",
+    "torch_forward": f"({_QKV}, {_MASK}, {_BIAS}, {_BLOCKS}, {_SCALARS}) -> (Tensor, Tensor)",
     "torch_backward": f"({_GRADS_IN}, {_QKV}, Tensor out, Tensor lse, {_MASK}, {_BIAS}, "
-    f"{_SCALARS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    f"{_BLOCKS}, {_SCALARS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
     "cuda_instances": "() -> str",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -56,7 +62,9 @@ _ops = getattr(torch.ops, NAMESPACE)
 # Positions in `attention`'s argument list: tensors, but for the two lengths, then numbers.
 _LENGTHS = slice(5, 7)
 _BIAS_AT = 13
-_DETERMINISTIC_AT = _BIAS_AT + 7
+_MASK_TENSORS = _BIAS_AT - _LENGTHS.stop
+_SCALARS_AT = _BIAS_AT + 9
+_DETERMINISTIC_AT = _SCALARS_AT + 6
 
 # The engines' autograd kernels (`_no_gradient`) are Python and cost 7 us a call: not entered where
 # no gradient of an engine can be asked for.
@@ -67,7 +75,7 @@ def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with _BelowAutograd():
         if inputs[-1] == "cuda":
             return _ops.cuda_forward.default(
-                *inputs[:_BIAS_AT], *inputs[_BIAS_AT + 1 : _DETERMINISTIC_AT]
+                *inputs[:_BIAS_AT], *inputs[_SCALARS_AT:_DETERMINISTIC_AT]
             )
         return _ops.torch_forward.default(*inputs[:_DETERMINISTIC_AT])
 
@@ -103,17 +111,18 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output, *inputs[: _LENGTHS.start], *inputs[_LENGTHS.stop : _BIAS_AT + 1])
-    ctx.lengths, ctx.numbers = inputs[_LENGTHS], inputs[_BIAS_AT + 1 :]
+    ctx.save_for_backward(*output, *inputs[: _LENGTHS.start], *inputs[_LENGTHS.stop : _SCALARS_AT])
+    ctx.lengths, ctx.numbers = inputs[_LENGTHS], inputs[_SCALARS_AT:]
 
 
 def _backward(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    none = (None,) * (_BIAS_AT + 1 - 3 + len(ctx.numbers))
+    none = (None,) * (_SCALARS_AT - 3 + len(ctx.numbers))
     if dout is None and dlse is None:
         return (None, None, None, *none)
-    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *mask, bias = ctx.saved_tensors
+    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *rest = ctx.saved_tensors
+    mask, torch_only = rest[:_MASK_TENSORS], rest[_MASK_TENSORS:]
     *scalars, deterministic, backend = ctx.numbers
     dout = torch.zeros_like(out) if dout is None else dout
     tensors = (dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *mask)
@@ -121,7 +130,7 @@ def _backward(
         if backend == "cuda":
             grads = _ops.cuda_backward.default(*tensors, *scalars, deterministic)
         else:
-            grads = _ops.torch_backward.default(*tensors, bias, *scalars, deterministic)
+            grads = _ops.torch_backward.default(*tensors, *torch_only, *scalars, deterministic)
     return (*grads, *none)
 
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .dropout import keep_scale, keep_threshold
 from .dropout import keep_tile as dropout_keep_tile
+from .torch_blocks import ListedBlocks, listed_blocks
 from .torch_mask import Block, RowMask, Rules
 
 
@@ -50,6 +51,14 @@ class Call:
     alibi_slopes: torch.Tensor | None
     rng_state: torch.Tensor | None
     attn_bias: torch.Tensor | None
+    row_offsets: torch.Tensor | None
+    row_entries: torch.Tensor | None
+    column_offsets: torch.Tensor | None
+    column_entries: torch.Tensor | None
+    tiles: torch.Tensor | None
+    tiles_t: torch.Tensor | None
+    host_offsets: torch.Tensor | None
+    host_entries: torch.Tensor | None
     softmax_scale: float
     causal: bool
     window_left: int
@@ -76,6 +85,14 @@ class Call:
             lengths_k=self.lengths_k,
         )
 
+    def lists(self, num_heads: int) -> ListedBlocks | None:
+        """The block lists, for num_heads query heads."""
+        tensors = (
+            *(self.row_offsets, self.row_entries, self.column_offsets, self.column_entries),
+            *(self.tiles, self.tiles_t, self.host_offsets, self.host_entries),
+        )
+        return listed_blocks(tensors, num_heads, self.first_sequence)
+
 
 def _exp_(x: torch.Tensor) -> torch.Tensor:
     """exp in place, by exp2: on a CPU, exp is four times slower where its argument is -inf."""
@@ -101,7 +118,11 @@ class Engine:
         self.groups = self.num_heads // self.num_heads_k
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.tiling = HOST_TILING if q.device.type == "cpu" else DEVICE_TILING
-        self.mask = RowMask(call.rules, self.seqlen_q, self.seqlen_k, q.device)
+        lists = call.lists(self.num_heads)
+        if lists is not None and lists.host_offsets is not None:
+            # A tile meets what any of its rows meets: one row of blocks a tile.
+            self.tiling = replace(self.tiling, rows=lists.block_size)
+        self.mask = RowMask(call.rules, self.seqlen_q, self.seqlen_k, q.device, lists)
         self.drops = call.rng_state is not None and keep_threshold(call.dropout_p) < 256
         self.kept_scale = keep_scale(call.dropout_p)
         # (batch or 1, key heads, groups, 1, 1)
@@ -150,7 +171,7 @@ class Engine:
         highest = q.new_full((*q.shape[:2], 1), float("-inf"))
         total = torch.zeros_like(highest)
         acc: torch.Tensor | None = None
-        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+        for block in self._blocks(tile):
             s, _ = self._logits(tile, block, q, kc)  # n gi j
             peak = torch.maximum(highest, s.amax(dim=-1, keepdim=True))
             # A row that has seen nothing yet would give -inf - (-inf).
@@ -222,7 +243,7 @@ class Engine:
         if self.bias is not None and self.bias.dtype != torch.bool:
             base, total = self._row_statistics(tile, q, kc)
         dq = torch.zeros_like(q)
-        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+        for block in self._blocks(tile):
             keys = slice(block.begin, block.end)
             s, slope = self._logits(tile, block, q, kc)
             p = _exp_(s.sub_(base))  # n gi j
@@ -252,7 +273,7 @@ class Engine:
         """
         highest = q.new_full((*q.shape[:2], 1), float("-inf"))
         total = torch.zeros_like(highest)
-        for block in self.mask.blocks(tile.batches, tile.rows, self.tiling.keys):
+        for block in self._blocks(tile):
             s, _ = self._logits(tile, block, q, kc)
             peak = torch.maximum(highest, s.amax(dim=-1, keepdim=True))
             base = peak.masked_fill(peak == float("-inf"), 0.0)
@@ -286,6 +307,13 @@ class Engine:
                 by_group.masked_fill_(~bias, float("-inf"))
             else:
                 by_group.add_(bias.to(self.dtype))
+        unlisted = self.mask.hidden_by_lists(batches, self._query_heads(heads), rows, block)
+        if unlisted is not None:
+            if unlisted.shape[1] > 1:
+                unlisted = unlisted.unflatten(1, (-1, self.groups))
+            else:
+                unlisted = unlisted[:, None]
+            by_group.masked_fill_(unlisted, float("-inf"))
         hidden = self.mask.bias(batches, rows, block, self.dtype)  # b i j
         if hidden is not None:
             by_group.add_(hidden[:, None, None])
@@ -312,6 +340,13 @@ class Engine:
         )
         return keep.reshape(-1, self.groups * keep.shape[1], keep.shape[2])
 
+    def _query_heads(self, heads: slice) -> slice:
+        return slice(heads.start * self.groups, heads.stop * self.groups)
+
+    def _blocks(self, tile: Tile) -> Iterator[Block]:
+        heads = self._query_heads(tile.heads)
+        return self.mask.blocks(tile.batches, heads, tile.rows, self.tiling.keys)
+
     def _chunks(self) -> Iterator[tuple[slice, slice]]:
         """Batches and key heads that are worked on at once."""
         tiling = self.tiling
@@ -319,8 +354,10 @@ class Engine:
         if 0 in (tile, self.batch):
             return
         heads = max(1, min(self.num_heads_k, tiling.elements // tile))
-        batches = 1
-        if heads == self.num_heads_k:
+        batches, lists = 1, self.mask.lists
+        if lists is not None and lists.per_head:
+            heads = 1  # those with lists of their own go each by themselves
+        if heads == self.num_heads_k and not (lists is not None and lists.per_sequence):
             batches = max(1, min(self.batch, tiling.elements // (tile * heads)))
         for b in range(0, self.batch, batches):
             for h in range(0, self.num_heads_k, heads):

@@ -8,13 +8,14 @@ shapes and scalars alone, and every block whose rules include a tensor gets the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .padding import unpack_key_bits
+from .torch_blocks import ListedBlocks
 
 # Key blocks start on a multiple of this, dropout's tile of columns.
 ALIGNMENT = 32
@@ -64,6 +65,7 @@ class Block:
         begin, end: keys.
         left, right: a row's range may start after `begin`, or end before `end`.
         holes: a key may be hidden by its bit.
+        listed: a pair may be hidden by a tile of the block lists.
     """
 
     begin: int
@@ -71,6 +73,7 @@ class Block:
     left: bool
     right: bool
     holes: bool
+    listed: bool
 
 
 class RowMask:
@@ -81,10 +84,18 @@ class RowMask:
         begin, end: int64 (batch or 1, seqlen_q) on the device; row i sees keys of [begin, end). A
             row that sees none has (seqlen_k, 0).
         bits: bool (batch, seqlen_k) or None.
+        lists: block lists or None.
     """
 
-    def __init__(self, rules: Rules, seqlen_q: int, seqlen_k: int, device: torch.device):
-        self.seqlen_k = seqlen_k
+    def __init__(
+        self,
+        rules: Rules,
+        seqlen_q: int,
+        seqlen_k: int,
+        device: torch.device,
+        lists: ListedBlocks | None = None,
+    ):
+        self.seqlen_k, self.lists = seqlen_k, lists
         self.shift = _shift(rules, seqlen_q, seqlen_k)
         self.begin, self.end = _row_ranges(rules, self.shift, seqlen_q, seqlen_k, device)
         self.bits = None
@@ -102,8 +113,9 @@ class RowMask:
                 scalars, seqlen_k - seqlen_q, seqlen_q, seqlen_k, torch.device("cpu")
             )
 
-    def blocks(self, batches: slice, rows: slice, block_size: int) -> Iterator[Block]:
-        """The key blocks, of at most `block_size`, that a tile of rows meets in `batches`."""
+    def blocks(self, batches: slice, heads: slice, rows: slice, block_size: int) -> Iterator[Block]:
+        """The key blocks, of at most `block_size`, that a tile of rows meets in `batches` and
+        query `heads`."""
         begin = _batches(self.host_begin, batches)[:, rows]
         end = _batches(self.host_end, batches)[:, rows]
         first, last = int(begin.amin()) // ALIGNMENT * ALIGNMENT, int(end.amax())
@@ -111,12 +123,25 @@ class RowMask:
             every_from, every_to = int(begin.amax()), int(end.amin())
         else:
             every_from, every_to = self.seqlen_k, 0
-        for start in range(first, last, block_size):
-            stop = min(start + block_size, last)
-            holes = self.bits is not None
-            if self.bits is not None and self.readable:
-                holes = not bool(self.bits[batches, start:stop].all())
-            yield Block(start, stop, start < every_from, stop > every_to, holes)
+        spans: Iterable[tuple[int, int, bool]] = [(0, last, False)]
+        if self.lists is not None:
+            spans = self.lists.spans(batches, heads, rows, self.seqlen_k)
+        for begin_span, end_span, listed in spans:
+            end_span = min(end_span, last)
+            for start in range(max(begin_span, first), end_span, block_size):
+                stop = min(start + block_size, end_span)
+                holes = self.bits is not None
+                if self.bits is not None and self.readable:
+                    holes = not bool(self.bits[batches, start:stop].all())
+                yield Block(start, stop, start < every_from, stop > every_to, holes, listed)
+
+    def hidden_by_lists(
+        self, batches: slice, heads: slice, rows: slice, block: Block
+    ) -> torch.Tensor | None:
+        """bool (batches or 1, heads or 1, rows, keys of the block), or None for nothing."""
+        if self.lists is None or not block.listed:
+            return None
+        return ~self.lists.visible(batches, heads, rows, block.begin, block.end)
 
     def bias(
         self, batches: slice, rows: slice, block: Block, dtype: torch.dtype

@@ -82,6 +82,7 @@ def attention_reference(
                 window_size=window_size,
                 device=q.device,
             )
+            seen = seen & listed(mask, b, num_heads, q.device)[:, : len(q_b), : len(k_b)]
             keep = keep_of(b, len(q_b), len(k_b))
             results.append(
                 _one_sequence(q_b, k_b, v_b, seen, None, slopes_of(b), keep, len(k_b), **options)
@@ -102,6 +103,7 @@ def attention_reference(
             seen = seen & ((mask.key_bits[b, j // 32] >> (j % 32)) & 1).bool()
         if mask.doc_range is not None:
             seen = seen & (j >= mask.doc_range[b, :, 0, None]) & (j < mask.doc_range[b, :, 1, None])
+        seen = seen & listed(mask, b, num_heads, q.device)
         bias = None
         if mask.attn_bias is not None:
             bias = mask.attn_bias.expand(batch, num_heads, seqlen_q, seqlen_k)[b]
@@ -113,6 +115,15 @@ def attention_reference(
         )
     outs, lses = zip(*results, strict=True)
     return torch.stack(outs), torch.stack(lses)
+
+
+def listed(mask: MaskArguments, b: int, num_heads: int, device: torch.device) -> torch.Tensor:
+    """bool (num_heads, seqlen_q, seqlen_k) of sequence b's block lists; (1, 1, 1) for none."""
+    if mask.block_mask is None:
+        return torch.ones(1, 1, 1, dtype=torch.bool, device=device)
+    dense = mask.block_mask.dense()
+    dense = dense[b if len(dense) > 1 else 0]
+    return dense.repeat_interleave(num_heads // len(dense), dim=0)
 
 
 def visible(

@@ -196,3 +196,20 @@ def test_an_adapter_on_the_table_itself_is_refused():
     adapted = get_peft_model(model, LoraConfig(target_modules=["wpe"]))
     with pytest.raises(hfp.ContextExtensionError, match="wpe carries an adapter of its length"):
         hfp.extend_context(adapted, 256)
+
+
+def test_a_longer_context_and_a_mask_in_one_line(llama, tmp_path):
+    before, window = _state(llama), hfp.masks.sliding_window(16)
+    patch = hfp.patch(llama, max_length=256, rope="yarn", mask=window)
+    expected = _logits(llama, 200)
+    assert set(llama.config.hfp) == {"backend", "mask", "context"}
+    llama.save_pretrained(tmp_path)
+    patch.restore()
+    assert _state(llama) == before
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    hfp.patch(reloaded)
+    assert torch.equal(_logits(reloaded, 200), expected)
+    hfp.unpatch(reloaded)
+    unmasked = _logits(reloaded, 200)
+    assert_close(unmasked[:, :16], expected[:, :16], "within the window")
+    assert not torch.allclose(unmasked, expected)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 import hf_flash_patch as hfp
+from hf_flash_patch import masks
+from hf_flash_patch.masks import block_mask
 from tests.integration.tiny import assert_close, assert_same_as_eager, tiny_model, token_ids
 
 
@@ -151,3 +153,52 @@ def test_gemma3_image_tokens_see_each_other():
     model = tiny_model(AutoModelForCausalLM, "gemma3_text", use_bidirectional_attention=True)
     ids = token_ids()
     assert_same_as_eager(model, lambda: model(ids).logits)
+
+
+def _overlay(batch, head, query, key):
+    return ((query - key) % 3 != 1) | (key < 2)
+
+
+def _overlaid(model, ids, past=None):
+    embeddings = model.get_input_embeddings()(ids)
+    seen = 0 if past is None else past.get_seq_length()
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=embeddings,
+        attention_mask=torch.ones(len(ids), seen + ids.shape[1], dtype=torch.long),
+        past_key_values=past,
+        and_mask_function=_overlay,
+    )
+    return model(ids, attention_mask=mask, past_key_values=past, use_cache=past is not None).logits
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24])
+def test_an_overlay_is_lists_of_blocks(chunk, monkeypatch):
+    """Made a few rows at a time, under a pattern of ours, and in decode as bits of keys."""
+    monkeypatch.setattr(block_mask, "_CHUNK", chunk)
+    model = tiny_model(AutoModelForCausalLM, "llama", max_position_embeddings=512)
+    ids = token_ids(2, 300)
+    with torch.no_grad():
+        expected = _overlaid(model, ids)
+        window = masks.from_mask_mod(_overlay) & masks.sliding_window(9) & masks.causal()
+        dense = torch.where(window.dense(300), 0.0, float("-inf")).expand(2, 1, -1, -1)
+        both = model(ids, attention_mask=dense).logits
+        with hfp.patched(model):
+            assert_close(_overlaid(model, ids), expected, "logits")
+            past = DynamicCache(config=model.config)
+            parts = (ids[:, :290], ids[:, 290:299], ids[:, 299:])
+            in_parts = torch.cat([_overlaid(model, part, past) for part in parts], dim=1)
+            assert_close(in_parts, expected, "logits in parts")
+        with hfp.patched(model, mask=masks.sliding_window(9)):
+            assert_close(_overlaid(model, ids), both, "logits under both")
+
+
+def test_an_overlay_is_compiled():
+    model = tiny_model(AutoModelForCausalLM, "llama", num_hidden_layers=1)
+    ids = token_ids(2, 40)
+    with hfp.patched(model), torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda ids: _overlaid(model, ids), fullgraph=True, backend="aot_eager", dynamic=True
+        )
+        assert_close(compiled(ids), _overlaid(model, ids), "logits")

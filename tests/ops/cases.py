@@ -85,12 +85,13 @@ def make_problem(
     head_dim: int = 16,
     batch: int = 2,
     num_heads: int = 4,
+    heads_k: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Problem:
-    """A problem in the dense layout with the given features."""
+    """A problem in the dense layout with the given features; `heads_k` overrules gqa and mqa."""
     seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
-    heads_k = _heads_k(features, num_heads)
+    heads_k = heads_k or _heads_k(features, num_heads)
     q = _randn((batch, seqlen_q, num_heads, head_dim), features, dtype, device)
     k = _randn((batch, seqlen_k, heads_k, head_dim), features, dtype, device)
     head_dim_v = head_dim + 3 if "wide_v" in features else head_dim
@@ -190,6 +191,33 @@ def check(problem: Problem, *, with_dlse: bool = True, **options) -> Result:
             getattr(actual, name), getattr(reference, name), getattr(peer, name), name=name
         )
     return actual
+
+
+def check_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare output and lse of `attention` without gradients with the specification."""
+    with torch.no_grad():
+        out, lse = attention(
+            problem.q,
+            problem.k,
+            problem.v,
+            mask=problem.mask,
+            return_lse=True,
+            **{**problem.options, **options},
+        )
+        (out_ref, lse_ref), (out_peer, _) = (
+            attention_reference(
+                problem.q.to(dtype),
+                problem.k.to(dtype),
+                problem.v.to(dtype),
+                mask=problem.mask,
+                dtype=dtype,
+                **problem.options,
+            )
+            for dtype in (torch.float64, problem.q.dtype)
+        )
+    assert_lse_close(lse, lse_ref, problem.q.dtype)
+    assert_close_to_reference(out, out_ref, out_peer, name="out")
+    return out, lse
 
 
 def _differentiate(

@@ -26,14 +26,14 @@ def main() -> None:
         problems = [
             make_problem(
                 features,
-                seqlen_q=seqlen,
-                seqlen_k=seqlen,
+                seqlen_q=seqlen_q,
+                seqlen_k=seqlen_k,
                 head_dim=head_dim,
                 dtype=torch.bfloat16,
                 device="cuda",
             )
             for features in FEATURES
-            for seqlen in (70, 130)
+            for seqlen_q, seqlen_k in ((70, 70), (130, 130), (3, 300), (20, 1030))
         ]
         problems += [
             make_varlen_problem(

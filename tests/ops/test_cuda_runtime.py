@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -117,13 +118,24 @@ def test_opcheck():
     scalars = (0.25, True, -1, -1, 0.0, 0.0)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     ops = torch.ops.hf_flash_patch
-    torch.library.opcheck(ops.attention.default, (*leaves, *masks, None, *scalars, True, "cuda"))
+    torch.library.opcheck(
+        ops.attention.default, (*leaves, *masks, *[None] * 9, *scalars, True, "cuda")
+    )
     torch.library.opcheck(ops.cuda_forward.default, (q, k, v, *masks, *scalars))
     out, lse = ops.cuda_forward(q, k, v, *masks, *scalars)
     torch.library.opcheck(
         ops.cuda_backward.default,
         (out, lse, q, k, v, out, lse, *masks, *scalars, True),
     )
+
+
+def test_any_thread():
+    """A thread that has not used CUDA yet, such as one of autograd's, has no context."""
+    problem = make_problem(("causal",), seqlen_q=130, head_dim=64, dtype=BF16, device="cuda")
+    expected = forward_backward(problem, backend="cuda", deterministic=True)
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(forward_backward, problem, backend="cuda", deterministic=True)
+        assert all(map(torch.equal, task.result(), expected))
 
 
 def test_any_stream():

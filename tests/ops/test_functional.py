@@ -154,7 +154,7 @@ def test_opcheck(features):
     mask, options = problem.mask, problem.options
     rng_state = torch.tensor([5, 0]) if "dropout" in features else None
     masks = (None, None, 12, 15, None, mask.key_range, mask.key_bits, None)
-    rest = (options.get("alibi_slopes"), rng_state, mask.attn_bias)
+    rest = (options.get("alibi_slopes"), rng_state, mask.attn_bias, *[None] * 8)
     scalars = (0.25, True, -1, -1, 0.0, options.get("dropout_p", 0.0))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(OPS.attention.default, (*leaves, *masks, *rest, *scalars, False, "torch"))
@@ -169,7 +169,7 @@ def test_opcheck_of_variable_length():
     mask = problem.mask
     leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     arguments = (
-        *(mask.cu_seqlens_q, mask.cu_seqlens_k, 9, 9, None, None, None, None, None, None, None),
+        *(mask.cu_seqlens_q, mask.cu_seqlens_k, 9, 9, *[None] * 15),
         *(0.25, True, -1, -1, 0.0, 0.0, False, "torch"),
     )
     torch.library.opcheck(OPS.attention.default, (*leaves, *arguments))

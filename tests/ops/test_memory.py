@@ -7,7 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_flash_patch import masks
 from hf_flash_patch.ops import torch_backend, torch_engine
+from hf_flash_patch.ops.arguments import MaskArguments
+from hf_flash_patch.ops.torch_blocks import tensors_of
 from hf_flash_patch.ops.torch_engine import Tiling
 from tests.ops.cases import make_problem, make_varlen_problem
 
@@ -43,6 +46,7 @@ def largest_tensor(problem) -> int:
         options.get("alibi_slopes"),
         rng_state,
         None,
+        *tensors_of(mask.block_mask),
         0.25,
         options.get("causal", False),
         *options.get("window_size", (-1, -1)),
@@ -75,3 +79,11 @@ def test_variable_length(monkeypatch):
     monkeypatch.setattr(torch_engine, "HOST_TILING", Tiling(64, 64, 2**11))
     problem = make_varlen_problem(lengths_q=[900, 100], num_heads=2, head_dim=8)
     assert largest_tensor(problem) <= 2 * 1000 * 2 * 8 * 4
+
+
+def test_block_lists(monkeypatch):
+    monkeypatch.setattr(torch_engine, "HOST_TILING", Tiling(64, 64, 2**11))
+    problem = make_problem((), seqlen_q=1024, num_heads=2, head_dim=8, batch=1)
+    mask = (masks.sliding_window(40) | masks.sinks(3)).block_mask(1024, block_size=32)
+    problem.mask = MaskArguments(block_mask=mask)
+    assert largest_tensor(problem) <= 2 * 1024 * 2 * 8 * 4

@@ -1,0 +1,261 @@
+// What both ways of sharing a step between the consumers have in common: what happens to the elements of S^T and dP^T,
+// where this thread's lie, and how dQ, dK and dV leave.
+#pragma once
+
+#include "sm90/backward_parts.h"
+
+namespace hfp::sm90 {
+
+// One warpgroup of consumers. A warp holds 16 keys by kQueries queries of S^T; which, says B.
+template <class B>
+class BackwardConsumer {
+ protected:
+  using Element = typename B::Element;
+  using TileQ = typename B::TileQ;
+  using TileK = typename B::TileK;
+  using TileS = typename B::TileS;
+  static constexpr int kNS = B::kQueries / 8, kND = B::kColumns / 8, kNQ = B::kDqColumns / 8;
+
+  __device__ BackwardConsumer(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
+      : a_(a),
+        bars_(bars),
+        group_(uniform(threadIdx.x / 128) - 1),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        base_(base) {}
+
+  // Block after block; `walk` sums dK and dV over its query tiles.
+  template <class Walk>
+  __device__ __forceinline__ void run(Walk walk) {
+#pragma unroll 1
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.next(true)) {
+      const KeyBlock<B> work(a_, queue.tile());
+      if (!uniform(work.exists())) continue;
+      float dk[kND][4], dv[kND][4];
+#pragma unroll
+      for (int j = 0; j < kND; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dk[j][e] = dv[j][e] = 0.f;
+      pin(flat(dk));
+      pin(flat(dv));
+      typename B::Step step = await_q();
+      const bool had_keys = !(step.flags & B::kNothing);
+      if (!had_keys) {
+        release(bars_->q_empty + q_.index);
+        q_.next();
+      } else {
+        if (lane_ < 16) {
+          const int key = B::first_key(group_) + 16 * warp_ + lane_;
+          const Range seen = work.mask.rows_seeing(work.key0() + key);
+          bars_->seen[key] = make_int2(seen.begin, seen.end);
+        }
+        __syncwarp();
+        walk(work, step, dk, dv);
+      }
+      // The block of keys is made anew: kept, it would take ten registers.
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv, had_keys);
+    }
+  }
+
+  __device__ __forceinline__ typename B::Step await_q() {
+    barrier_wait(smem_address(bars_->q_full + q_.index), q_.parity);
+    const typename B::Step step = bars_->step[q_.index];
+    return {uniform(step.row0), uniform(step.head), static_cast<unsigned>(uniform(step.flags))};
+  }
+  __device__ __forceinline__ void release(uint64_t* bar) {
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(smem_address(bar));
+  }
+
+  // Addresses are made where they are used: kept, they would take more registers, uniform ones too, than there are.
+  __device__ __forceinline__ uint32_t at(int tile, int index = 0, int bytes = 0) const {
+    return sm80::not_hoisted(base_) + tile + index * bytes;
+  }
+
+  // This thread's first key in the block, and its first query in the tile.
+  __device__ int first_key() const { return B::first_key(group_) + 16 * warp_ + lane_ / 4; }
+  __device__ int first_query() const { return B::first_query(group_) + 2 * (lane_ % 4); }
+  // Of its first query, in a vector over the queries of a tile.
+  __device__ uint32_t first_of(const float* vector) const { return smem_address(vector) + 4 * first_query(); }
+
+  // From S^T: P^T, and what dropout keeps of it.
+  __device__ __forceinline__ void probabilities(const KeyBlock<B>& work, const typename B::Step& step,
+                                                float (&p)[kNS][4], uint32_t (&keep)[(kNS + 7) / 8]) {
+    const int key = first_key(), row = step.row0 + first_query();
+    if constexpr (B::kVariant == Variant::kGeneral) {
+      const LogitBias bias(a_.p, work.seq.batch, step.head);
+      each(p, [&](float& x, int j, int h, int e) { x = bias.apply(x, distance(work, key, row, j, h, e)); });
+    }
+    if (const unsigned why = step.flags & (kBeforeRange | kPastRange | kByBits)) {
+      const int2 lo = bars_->seen[key], hi = bars_->seen[key + 8];
+      const Range seen[2] = {{lo.x, lo.y}, {hi.x, hi.y}};
+      mask_transposed(why, p, seen, row);
+    }
+    const uint32_t lse = first_of(bars_->lse[q_.index]);
+#pragma unroll
+    for (int j = 0; j < kNS; ++j) {
+      const float2 l = load_shared_float2(lse + 32 * j);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) p[j][e] = exp2_approx(fmaf(p[j][e], a_.p.exp2_scale, e % 2 ? -l.y : -l.x));
+    }
+    if (dropping()) {
+      const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + step.head);
+#pragma unroll
+      for (int i = 0; i < kNS / 2; ++i) {
+        const uint32_t bits = dropout.keep_bits_transposed(step.row0 + B::first_query(group_) + 16 * i,
+                                                           work.key0() + key - lane_ / 4, lane_ / 4, lane_ % 4);
+        keep[i / 4] = i % 4 ? keep[i / 4] | bits << (8 * (i % 4)) : bits;
+      }
+    }
+  }
+  // Rounded, without what dropout drops: the j-th 16 keys by 8 queries.
+  __device__ __forceinline__ void round_p(uint32_t (&x)[2], const float (&p)[4], int j,
+                                          const uint32_t (&keep)[(kNS + 7) / 8]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float a = p[2 * h], b = p[2 * h + 1];
+      x[h] = pack<Element>(!dropping() || is_kept(keep, j, 2 * h) ? a : 0.f,
+                           !dropping() || is_kept(keep, j, 2 * h + 1) ? b : 0.f);
+    }
+  }
+  __device__ static bool is_kept(const uint32_t (&keep)[(kNS + 7) / 8], int j, int e) {
+    return keep[j / 8] >> (4 * (j % 8) + e) & 1u;
+  }
+
+  // Where this lane's row of an stmatrix lies in a tile of S^T's shape.
+  __device__ uint32_t place_in_s() const {
+    return TileS::offset(B::first_key(group_) + 16 * warp_ + lane_ % 16, B::first_query(group_) / 8 + lane_ / 16);
+  }
+
+  // dS^T = P^T (dP^T - delta), rounded, to shared memory.
+  __device__ __forceinline__ void store_ds(const KeyBlock<B>& work, const typename B::Step& step,
+                                           const float (&p)[kNS][4], const float (&dp)[kNS][4],
+                                           const uint32_t (&keep)[(kNS + 7) / 8]) {
+    const uint32_t delta = first_of(bars_->delta[do_.index]);
+    const uint32_t to = at(B::kAtDs, ds_buffer_, TileS::kBytes) + place_in_s();
+#pragma unroll
+    for (int i = 0; i < kNS / 2; ++i) {
+      uint32_t x[4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int j = 2 * i + k;
+        const float2 d = load_shared_float2(delta + 32 * j);
+        float ds[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float y = dp[j][e];
+          if (dropping()) y = is_kept(keep, j, e) ? y * a_.p.dropout.rescale : 0.f;
+          ds[e] = p[j][e] * (y - (e % 2 ? d.y : d.x));
+        }
+        if constexpr (B::kVariant == Variant::kGeneral) {
+          const LogitBias bias(a_.p, work.seq.batch, step.head);
+          const float2 l = load_shared_float2(first_of(bars_->lse[q_.index]) + 32 * j);
+          const int key = first_key(), row = step.row0 + first_query();
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            ds[e] *= bias.derivative(p[j][e], e % 2 ? l.y : l.x, distance(work, key, row, j, e / 2, e % 2));
+          }
+        }
+        x[2 * k] = pack<Element>(ds[0], ds[1]);
+        x[2 * k + 1] = pack<Element>(ds[2], ds[3]);
+      }
+      store_matrix4(TileS::step(to, 2 * i), x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // Columns [first, first + kN) of this consumer's dQ. Waits until what was there has left.
+  template <int kN>
+  __device__ __forceinline__ void store_dq(const float (&dq)[kNQ][4], int first) {
+    barrier_wait(smem_address(bars_->dq_empty + group_), dq_parity_ ^ 1);
+    const uint32_t to = at(B::kAtDq) + B::dq_offset(group_) / B::kDqRounds + threadIdx.x % 128 * 16;
+    const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;  // what the first consumer has
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      if (j < 4 && skipped) continue;
+      store_shared_float4(to + (j - skipped) * 2048, dq[first + j]);
+    }
+  }
+  // Tells the adder. Not at once after storing: the fence waits for the stores, the tensor cores would for the fence.
+  __device__ __forceinline__ void publish_dq() {
+    async_fence_shared();
+    release(bars_->dq_full + group_);
+    dq_parity_ ^= 1;
+  }
+
+  // Through the tiles of K and V, which nobody reads any more, and the copy engine; straight to memory if the last rows
+  // are not this sequence's.
+  __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4],
+                                        bool had_keys) {
+    const BackwardParams& p = a_.p;
+    const float scale_v = B::kVariant == Variant::kPlain ? 1.f : p.dropout.rescale;
+    const int key0 = work.key0() + B::first_key(group_), column = B::first_column(group_);
+    if (had_keys) named_sync(1, 128 * B::kConsumers);  // dQ reads all of K
+    if (had_keys && key0 + 64 <= work.seq.stored_k) {
+      const int tile = B::first_key(group_) * TileK::kRowBytes + column / TileK::kPanel * TileK::kPanelBytes;
+      store_tile(at(B::kAtV) + tile, dv, scale_v);
+      store_tile(at(B::kAtK) + tile, dk, p.softmax_scale);
+      async_fence_shared();
+      named_sync(2 + group_, 128);
+      if (threadIdx.x % 128 == 0) {
+        const int row = static_cast<int>(work.seq.offset_k) + key0, batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+#pragma unroll
+        for (int i = 0; i < B::kColumns / TileK::kPanel; ++i) {
+          const int from = tile + i * TileK::kPanelBytes, col = column + i * TileK::kPanel;
+          tma_store(&a_.dv, at(B::kAtV) + from, col, row, work.head_k, batch);
+          tma_store(&a_.dk, at(B::kAtK) + from, col, row, work.head_k, batch);
+        }
+        bulk_commit();
+        bulk_wait_read<0>();
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int key = key0 + 16 * warp_ + lane_ / 4 + 8 * h;
+        const bool exists = key < work.seq.stored_k;
+        store_row<Element>(row_pointer<Element>(p.dv, work.seq.batch, work.seq.offset_k + key, work.head_k) + column,
+                           exists, dv, h, scale_v, p.head_dim - column, lane_ % 4);
+        store_row<Element>(row_pointer<Element>(p.dk, work.seq.batch, work.seq.offset_k + key, work.head_k) + column,
+                           exists, dk, h, p.softmax_scale, p.head_dim - column, lane_ % 4);
+      }
+    }
+    if (had_keys && threadIdx.x % 128 == 0) {
+      barrier_arrive(smem_address(&bars_->k_empty));
+      barrier_arrive(smem_address(&bars_->v_empty));
+    }
+  }
+  __device__ __forceinline__ void store_tile(uint32_t to, const float (&x)[kND][4], float scale) {
+    to += TileK::offset(16 * warp_ + lane_ % 16, lane_ / 16);
+#pragma unroll
+    for (int j = 0; j < kND; j += 2) {
+      store_matrix4(TileK::step(to, j), pack<Element>(x[j][0] * scale, x[j][1] * scale),
+                    pack<Element>(x[j][2] * scale, x[j][3] * scale),
+                    pack<Element>(x[j + 1][0] * scale, x[j + 1][1] * scale),
+                    pack<Element>(x[j + 1][2] * scale, x[j + 1][3] * scale));
+    }
+  }
+
+  __device__ bool dropping() const {
+    return B::kVariant == Variant::kDropout || (B::kVariant == Variant::kGeneral && a_.p.dropout.rng_state);
+  }
+  __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {
+    return row + 8 * j + e + work.mask.shift() - (work.key0() + key + 8 * h);
+  }
+  template <class Change>
+  __device__ static __forceinline__ void each(float (&x)[kNS][4], Change change) {
+#pragma unroll
+    for (int j = 0; j < kNS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) change(x[j][e], j, e / 2, e % 2);
+  }
+
+  const BackwardArguments& a_;
+  typename B::Barriers* bars_;
+  const int group_, lane_, warp_;
+  const uint32_t base_;
+  Stage<B::kStagesQ> q_{0};
+  Stage<B::kStagesDo> do_{0};
+  uint32_t keys_parity_ = 0, dq_parity_ = 0;
+  int ds_buffer_ = 0;
+};
+
+}  // namespace hfp::sm90
