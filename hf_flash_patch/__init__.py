@@ -4,6 +4,7 @@ Importing the package registers the attention name "hfp" with transformers and t
 """
 
 from . import masks
+from .context import extend_context
 from .errors import (
     ContextExtensionError,
     MaskError,
@@ -23,6 +24,7 @@ __all__ = [
     "UnsupportedKernelError",
     "UnsupportedModelError",
     "__version__",
+    "extend_context",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "masks",

@@ -10,6 +10,7 @@ from functools import partial
 
 from . import masks
 from .bench import command as bench
+from .context import command as extend
 from .env import environment
 from .masks.block_mask import FULL_TILE
 
@@ -24,6 +25,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         bench.run(arguments, partial(print, flush=True))
     except (ImportError, OSError, ValueError) as error:
         print(f"hfp bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _extend(arguments: argparse.Namespace) -> int:
+    try:
+        extend.run(arguments, print)
+    except (OSError, ValueError) as error:
+        print(f"hfp extend: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -68,6 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.add_arguments(parser_of_bench)
     parser_of_bench.set_defaults(run=_bench)
+    parser_of_extend = commands.add_parser(
+        "extend", help=extend.DESCRIPTION, description=extend.DESCRIPTION
+    )
+    extend.add_arguments(parser_of_extend)
+    parser_of_extend.set_defaults(run=_extend)
     text = "a pattern's density, blocks and picture"
     of_mask = commands.add_parser("mask", help=text, description=text)
     of_mask.add_argument(

@@ -16,11 +16,13 @@ class Family:
         causal: whether a token sees earlier tokens only (a config may override: is_decoder,
             is_causal).
         positions: "learned" (an absolute table), "rope", "relative", "alibi" or "sinusoidal".
-        table: path of the position table below the base model, or of the module that holds the
-            rotary frequencies.
-        length: config attribute that states the maximum context in tokens.
-        reserved_rows: rows of the table before position 0 (RoBERTa keeps two).
-        buffers: paths of buffers as long as the table.
+        table: path of the position table, or of the module that holds the rotary frequencies,
+            below the model that owns it (encoder and decoder each own one).
+        length: config attribute that states the length of the table.
+        reserved: what says how many rows come before position 0: "" (none), "padding_idx" (up to
+            the table's padding_idx, and `length` counts them) or "offset" (the table's offset, and
+            `length` does not count them).
+        buffers: paths of buffers as long as `length`, below the same model.
         fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute
             in any case.
     """
@@ -31,7 +33,7 @@ class Family:
     positions: str
     table: str
     length: str = "max_position_embeddings"
-    reserved_rows: int = 0
+    reserved: str = ""
     buffers: tuple[str, ...] = ()
     fp32_scores: str | None = None
 
@@ -50,6 +52,11 @@ FAMILIES = (
             "mobilebert",
             "splinter",
             "layoutlm",
+            "convbert",
+            "megatron-bert",
+            "rembert",
+            "roc_bert",
+            "squeezebert",
         ),
         causal=False,
         positions="learned",
@@ -66,11 +73,14 @@ FAMILIES = (
             "data2vec-text",
             "roberta-prelayernorm",
             "xmod",
+            "mpnet",
+            "longformer",
+            "markuplm",
         ),
         causal=False,
         positions="learned",
         table="embeddings.position_embeddings",
-        reserved_rows=2,
+        reserved="padding_idx",
         buffers=_BERT_BUFFERS,
     ),
     Family(
@@ -90,7 +100,7 @@ FAMILIES = (
     ),
     Family(
         "GPT-2-like",
-        ("gpt2", "gpt_bigcode", "decision_transformer"),
+        ("gpt2", "gpt-sw3", "decision_transformer"),
         causal=True,
         positions="learned",
         table="wpe",
@@ -98,12 +108,37 @@ FAMILIES = (
         fp32_scores="reorder_and_upcast_attn",
     ),
     Family(
-        "OPT",
+        "GPT-BigCode",
+        ("gpt_bigcode",),
+        causal=True,
+        positions="learned",
+        table="wpe",
+        length="n_positions",
+        buffers=("bias",),
+    ),
+    Family(
+        "OPT-like",
         ("opt", "biogpt"),
         causal=True,
         positions="learned",
-        table="decoder.embed_positions",
-        reserved_rows=2,
+        table="embed_positions",
+        reserved="offset",
+    ),
+    Family(
+        "BART-like",
+        ("bart", "mbart", "plbart", "mvp"),
+        causal=False,
+        positions="learned",
+        table="embed_positions",
+        reserved="offset",
+    ),
+    Family(
+        "CLIP text",
+        ("clip_text_model",),
+        causal=True,
+        positions="learned",
+        table="embeddings.position_embedding",
+        buffers=("embeddings.position_ids",),
     ),
     Family(
         "LLaMA-like",
@@ -150,6 +185,15 @@ FAMILIES = (
         table="rotary_emb",
     ),
 )
+
+# Families without a maximum that a table or a rotary frequency sets.
+UNBOUNDED = {
+    "ALiBi": ("bloom", "mpt"),
+    "relative buckets": ("t5", "mt5", "umt5", "longt5", "switch_transformers"),
+    "relative positions": ("deberta", "deberta-v2", "xlnet"),
+    "no positions": ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "jamba"),
+    "sinusoidal positions": ("marian", "pegasus", "xglm", "m2m_100", "fsmt", "roformer"),
+}
 
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 

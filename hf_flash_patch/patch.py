@@ -14,12 +14,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import MaskError, UnsupportedKernelError, UnsupportedModelError
+from .context import Extension, plan_extension
+from .errors import (
+    ContextExtensionError,
+    MaskError,
+    UnsupportedKernelError,
+    UnsupportedModelError,
+)
 from .families import family_of
 from .integration.assignment import Assigned, as_settings, assign, describe, set_patterns
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
 from .integration.switch import switch
+from .integration.wrappers import compiled_or_sharded
 from .masks.pattern import Pattern
 from .ops.library import extension_status
 from .report import ModuleRow, Report
@@ -45,13 +52,14 @@ def patch(
 
     Args:
         model: a PreTrainedModel, a PeftModel, or any module around one.
-        max_length: maximum context in tokens; not available yet.
-        rope: how to scale RoPE; not available yet.
-        positions: how to grow a learned position table; not available yet.
+        max_length: maximum context in tokens to extend to, see `extend_context`; None leaves it.
+        rope: with max_length, how to scale RoPE, as in `extend_context`.
+        positions: with max_length, how to grow a learned position table, as in `extend_context`.
         mask: a pattern of `hf_flash_patch.masks`, or a callable from a layer's index to one or
             None; on top of what the model masks itself, in every self-attention of its text part.
             Kept in `model.config.hfp`, unless it is code; None keeps what stands there.
-        tokenizer: follows `max_length`; without it, nothing happens to a tokenizer.
+        tokenizer: its model_max_length follows `max_length`; without it, nothing happens to a
+            tokenizer.
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda"
             (the compiled kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn
             package). "auto" keeps what `model.config.hfp` says, so that a reloaded model needs no
@@ -68,10 +76,10 @@ def patch(
             compiled or sharded. The model is as it was.
         UnsupportedKernelError: the backend is unknown or not available here. The model is as it
             was.
+        ContextExtensionError: the context cannot be extended as asked, or rope, positions or
+            tokenizer was given without max_length. The model is as it was.
         MaskError: mask is neither, or has patterns for other numbers of heads.
-        NotImplementedError: max_length, rope or positions was given.
     """
-    _refuse_unavailable(max_length=max_length, rope=rope, positions=positions)
     _refuse_wrapped(model)
     roots = pretrained_roots(model)
     if not roots:
@@ -84,8 +92,15 @@ def patch(
         _refuse_patched(root)
     backend = _chosen_backend(backend, roots[0].config)
     plans = [_plan(root, strict, backend, mask) for root in roots]
+    extension = None
+    if max_length is not None:
+        extension = plan_extension(
+            model, max_length, rope=rope, positions=positions, tokenizer=tokenizer
+        )
+    else:
+        _refuse_without_length(rope=rope, positions=positions, tokenizer=tokenizer)
     register()  # someone may have cleared transformers' table
-    return Patch(roots, plans, backend)
+    return Patch(roots, plans, backend, extension)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -117,26 +132,44 @@ class Patch:
         backend: the backend in force.
     """
 
-    def __init__(self, roots: list[PreTrainedModel], plans: list[_Plan], backend: str):
+    def __init__(
+        self,
+        roots: list[PreTrainedModel],
+        plans: list[_Plan],
+        backend: str,
+        extension: Extension | None = None,
+    ):
         self.backend = backend
         self.reports: tuple[Report, ...] = ()
         self._undo = contextlib.ExitStack()
         self._roots = [weakref.ref(root) for root in roots]
+        self._extension = extension
+        texts: list[str] = []
         with self._undo as undo:  # an error below undoes what was done
+            if extension is not None:
+                texts = extension.apply(undo)
             for root, plan in zip(roots, plans, strict=True):
                 plan.warnings += switch(root, plan.modules, plan.settings, undo)
                 set_patterns(root, plan.assigned, undo)
             self.reports = tuple(
-                _report(root, plan) for root, plan in zip(roots, plans, strict=True)
+                _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
             )
-            for text in (text for plan in plans for text in plan.warnings):
+            for text in texts + [text for plan in plans for text in plan.warnings]:
                 warnings.warn(text, stacklevel=3)  # may be an error to the caller
             for root in roots:
                 _patched[root] = self
             self._undo = undo.pop_all()
 
     def restore(self) -> None:
-        """Give the model its exact prior state back. A second call does nothing."""
+        """Give the model its exact prior state back. A second call does nothing.
+
+        Raises:
+            ContextExtensionError: a position table that the patch extended has been trained, or
+                something holds it (an optimizer, DDP, FSDP, torch.compile); nothing is undone.
+        """
+        if self._extension is not None:
+            self._extension.check_undo()
+            self._extension = None
         self._undo.close()
         for reference in self._roots:
             root = reference()
@@ -179,35 +212,22 @@ class _Plan:
         return [module for module in self.modules if module.status == status]
 
 
-def _refuse_unavailable(*, max_length: Any, rope: Any, positions: Any) -> None:
-    given = {
-        "max_length": max_length is not None,
-        "rope": rope != "auto",
-        "positions": positions != "auto",
-    }
+def _refuse_without_length(*, rope: Any, positions: Any, tokenizer: Any) -> None:
+    given = {"rope": rope != "auto", "positions": positions != "auto", "tokenizer": tokenizer}
     for name, is_given in given.items():
-        if is_given:
-            raise NotImplementedError(f"patch({name}=...) is not available yet; leave {name} out.")
+        if is_given is not None and is_given is not False:
+            raise ContextExtensionError(
+                f"patch({name}=...) says how to extend the context and needs max_length; give both "
+                "or neither."
+            )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
     """Refuse what holds on to the attention it was made with."""
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    for name, module in model.named_modules():
-        where = name or type(module).__name__
-        compiled_in_place = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled_in_place or isinstance(module, OptimizedModule):
-            raise UnsupportedModelError(
-                f"{where} is compiled; patch the model first, then torch.compile it (or patch the "
-                "original module)."
-            )
-        # Both FSDP generations, by name: torch.distributed may be absent from a build.
-        bases = {base.__name__ for base in type(module).__mro__}
-        if bases & {"FullyShardedDataParallel", "FSDPModule"}:
-            raise UnsupportedModelError(
-                f"{where} is sharded by FSDP; patch the model first, then shard it."
-            )
+    for where, what in compiled_or_sharded(model):
+        first = "torch.compile it (or patch the original module)"
+        then = first if what == "compiled" else "shard it"
+        raise UnsupportedModelError(f"{where} is {what}; patch the model first, then {then}.")
 
 
 def _refuse_patched(root: PreTrainedModel) -> None:
@@ -276,7 +296,7 @@ def _plan(root: PreTrainedModel, strict: bool, backend: str, mask: Any) -> _Plan
     return plan
 
 
-def _report(root: PreTrainedModel, plan: _Plan) -> Report:
+def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> Report:
     rows: dict[tuple, int] = {}
     for module in plan.modules:
         after = ATTENTION_NAME if module.status == "served" and calls_us(module.module) else "own"
@@ -313,6 +333,7 @@ def _report(root: PreTrainedModel, plan: _Plan) -> Report:
         modules=tuple(ModuleRow(k[0], count, *k[1:]) for k, count in rows.items()),
         mask=describe(plan.assigned) if plan.assigned else None,
         notes=tuple(notes),
+        context=extension.report if extension is not None else None,
     )
 
 

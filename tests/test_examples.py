@@ -1,5 +1,6 @@
-"""examples/quickstart.py: from start to end in small, and that it tells right from wrong."""
+"""The examples: from start to end in small, and that they tell right from wrong."""
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import hf_flash_patch as hfp
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import extend_and_evaluate  # noqa: E402
 import quickstart  # noqa: E402
 from demo import checkpoints, equality, throughput  # noqa: E402
 
@@ -133,6 +135,59 @@ def test_any_other_fault_is_told():
     model = FailsToLoad("broken", "", generates=True, max_context=None)
     with pytest.raises(RuntimeError, match="measuring broken with sdpa failed"):
         list(throughput.measure_apart(model, "sdpa", [8], "cpu", "float32"))
+
+
+class TestExtendAndEvaluate:
+    """examples/extend_and_evaluate.py."""
+
+    @pytest.fixture(scope="class")
+    def output(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("study")
+
+    def run(self, output, **settings):
+        arguments = extend_and_evaluate.Arguments(
+            tiny=True, shrink=40, device="cpu", output=str(output), **settings
+        )
+        return extend_and_evaluate.main(arguments)
+
+    def test_stops_and_goes_on(self, output, capsys):
+        assert self.run(output, preset=["llama"], budget=0.0) == 3
+        assert "run the same command again" in capsys.readouterr().out
+        assert (output / "llama-tiny" / "base.state").exists()
+        assert self.run(output, preset=["llama"]) == 0
+        said = capsys.readouterr().out
+        assert "yarn, fine-tuned" in said and "other packages" in said
+        assert (output / "llama-tiny" / "context.png").stat().st_size > 10_000
+        assert not list((output / "llama-tiny").glob("*.state"))
+
+    def test_every_method_is_measured(self, output):
+        assert self.run(output, preset=["bert", "gpt2"]) == 0
+        for name in ("bert", "gpt2"):
+            summary = json.loads((output / f"{name}-tiny" / "summary.json").read_text())
+            rows = summary["results"]
+            longest = {r["method"]: r["length"] for r in rows}  # in ascending order
+            tables = ("tile", "interpolate", "hierarchical", "random")
+            assert longest == {"none": 128, **dict.fromkeys(tables, 1024)}
+            assert all(0 <= row["value"] < float("inf") for row in rows)
+
+    def test_unknown_preset(self, output):
+        with pytest.raises(SystemExit, match="--preset t5; there are llama, gpt2, bert"):
+            self.run(output, preset=["t5"])
+
+
+def test_no_text_is_in_both_splits(monkeypatch, tmp_path):
+    from study import data
+
+    for name, content in {"a": "x" * 900, "b": "y" * 800, "c": "x" * 900, "d": "z" * 100}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text(content)
+    paths = {"stdlib": str(tmp_path / "none"), "purelib": str(tmp_path), "platlib": str(tmp_path)}
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
+    texts = dict(data.packages(10_000))
+    assert list(texts) == ["a", "b", "d"]  # c is a copy of a
+    assert data.split(texts) == (["a", "d"], ["b"])
+    cut = dict(data.packages(1500))
+    assert sum(map(len, cut.values())) < 1900
 
 
 def test_block_sparse(tmp_path, capsys):

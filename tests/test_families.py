@@ -6,7 +6,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_flash_patch as hfp
-from hf_flash_patch.families import FAMILIES, family_of
+from hf_flash_patch.families import FAMILIES, UNBOUNDED, family_of
 from tests.integration.tiny import tiny_config, tiny_model
 
 FIRST_MEMBERS = {family.name: family.model_types[0] for family in FAMILIES}
@@ -16,19 +16,30 @@ FIRST_MEMBERS = {family.name: family.model_types[0] for family in FAMILIES}
 def test_row_fits_its_first_member(family):
     model = tiny_model(AutoModel, family.model_types[0])
     assert family_of(model.config) is family
-    table = model.get_submodule(family.table)
+    owners = [m for _, m in model.named_modules() if _has(m, family.table)]
+    assert owners
     limit = getattr(model.config, family.length)
-    if family.positions == "learned":
-        assert table.weight.shape[0] in (limit, limit + family.reserved_rows)
-    for path in family.buffers:
-        parent, _, name = path.rpartition(".")
-        assert getattr(model.get_submodule(parent), name).shape[-1] == limit
+    for owner in owners if family.positions == "learned" else ():
+        table = owner.get_submodule(family.table)
+        assert len(table.weight) == limit + (table.offset if family.reserved == "offset" else 0)
+        assert (table.padding_idx is not None) == (family.reserved == "padding_idx")
+        for path in family.buffers:
+            parent, _, name = path.rpartition(".")
+            assert getattr(owner.get_submodule(parent), name).shape[-1] == limit
     if family.fp32_scores:
         assert hasattr(model.config, family.fp32_scores)
 
 
+def _has(module, path):
+    try:
+        return module.get_submodule(path) is not None
+    except AttributeError:
+        return False
+
+
 def test_every_known_model_type_exists_and_stands_in_one_row():
     types = [model_type for family in FAMILIES for model_type in family.model_types]
+    types += [model_type for members in UNBOUNDED.values() for model_type in members]
     assert len(types) == len(set(types))
     assert [t for t in types if t not in CONFIG_MAPPING] == []
 

@@ -113,18 +113,6 @@ def test_a_second_patch_names_the_first(llama):
     assert _state(llama) == state
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"max_length": 128}, {"rope": "yarn"}, {"positions": "tile"}],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_what_is_not_there_yet_names_itself(llama, setting):
-    before = _state(llama)
-    with pytest.raises(NotImplementedError, match=rf"patch\({next(iter(setting))}=\.\.\.\)"):
-        hfp.patch(llama, **setting)
-    assert _state(llama) == before
-
-
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_backend_reaches_the_attention_call(llama, backend, monkeypatch):
     from hf_flash_patch.integration import attention as integration

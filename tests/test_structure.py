@@ -20,18 +20,19 @@ MAY_IMPORT = {
     "errors": set(),
     "families": set(),
     "report": set(),
+    "context": {"errors", "families", "integration", "report"},
     "masks": {"errors"},
     "ops": {"errors", "masks"},
     "integration": {"errors", "families", "masks", "ops"},
-    "patch": {"errors", "families", "integration", "masks", "ops", "report"},
+    "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "masks", "ops", "testing"},
     "env": {"__init__", "ops"},
-    "cli": {"bench", "env", "masks"},
+    "cli": {"bench", "context", "env", "masks"},
     "__main__": {"cli"},
-    "__init__": {"errors", "integration", "masks", "ops", "patch"},
+    "__init__": {"context", "errors", "integration", "masks", "ops", "patch"},
 }
-KNOWS_TRANSFORMERS = {"__init__", "families", "integration", "patch"}
+KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "patch"}
 
 
 def part_of(path: Path) -> str:

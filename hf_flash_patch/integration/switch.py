@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import gc
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
+from .configs import CONTEXT_RECORD, own_configs, quiet_transformers
 from .registry import ATTENTION_NAME
 from .survey import AttentionModule, calls_us, configs_of
 
@@ -38,18 +33,7 @@ def switch(
     Raises:
         UnsupportedModelError: a module would not call us in spite of its config.
     """
-    warnings = []
-    owners = _other_owners(root)
-    if owners:
-        gc.collect()  # a model in a reference cycle that nobody can reach owns nothing
-        owners = _other_owners(root)
-    if owners:
-        warnings.append(
-            f"{type(root).__name__} shared its config object with {', '.join(owners)}; it has a "
-            "copy of its own now, so that the other model keeps its attention. restore() gives "
-            "the shared one back."
-        )
-        _give_own_configs(root, undo)
+    _, warnings = own_configs(root, "attention", undo)
 
     # From here on the modules' configs are the final ones.
     states = {id(config): (config, dict(vars(config))) for config in configs_of(root)}
@@ -62,7 +46,7 @@ def switch(
         if module.status == "served" and id(module.config) not in foreign
     ]
     if served:
-        with _quiet_transformers():
+        with quiet_transformers():
             root.set_attn_implementation(ATTENTION_NAME)
     for key, (config, state) in states.items():
         # transformers' own marker, which it leaves behind on nested configs.
@@ -75,7 +59,7 @@ def switch(
         if module.implementation != ATTENTION_NAME:
             module.config._attn_implementation_internal = ATTENTION_NAME
     for config in (root.config, *(module.config for module in served)):
-        config.hfp = dict(settings)
+        config.hfp = {**settings, **_record(config)}
     for module in served:
         if not calls_us(module.module):
             raise UnsupportedModelError(
@@ -87,52 +71,19 @@ def switch(
 
 def _set_state(config: PreTrainedConfig, state: dict[str, Any]) -> None:
     """Put back what a switch may change in a config, and nothing else."""
-    for name in ("_attn_implementation_internal", "hfp", "_attn_was_changed"):
+    for name in ("_attn_implementation_internal", "_attn_was_changed"):
         if name in state:
             vars(config)[name] = state[name]
         else:
             vars(config).pop(name, None)
+    record, before = _record(config), state.get("hfp")
+    vars(config).pop("hfp", None)
+    if before is not None or record:
+        others = {k: v for k, v in (before or {}).items() if k != CONTEXT_RECORD}
+        vars(config)["hfp"] = {**others, **record}
 
 
-def _other_owners(root: PreTrainedModel) -> list[str]:
-    """Class names of living models, neither in nor around `root`, that use one of its configs."""
-    configs = set(map(id, configs_of(root)))
-    mine = set(map(id, root.modules()))
-    names = []
-    for candidate in gc.get_objects():
-        # type(), not isinstance: proxies among all these objects answer __class__ with an import.
-        if not issubclass(type(candidate), PreTrainedModel) or id(candidate) in mine:
-            continue
-        if id(vars(candidate).get("config")) not in configs:
-            continue
-        if not any(id(module) in mine for module in candidate.modules()):
-            names.append(type(candidate).__name__)
-    return names
-
-
-def _give_own_configs(root: PreTrainedModel, undo: contextlib.ExitStack) -> None:
-    """Replace every config object in `root` by a copy, nested ones consistently."""
-    memo: dict[int, Any] = {}
-    replacements = {id(config): copy.deepcopy(config, memo) for config in configs_of(root)}
-    for module in root.modules():
-        for name, value in list(vars(module).items()):
-            if id(value) in replacements:
-                undo.callback(_put_back, weakref.ref(module), name, value)
-                vars(module)[name] = replacements[id(value)]
-
-
-def _put_back(reference: weakref.ref[nn.Module], name: str, value: Any) -> None:
-    module = reference()
-    if module is not None:
-        vars(module)[name] = value
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings about what is verified here."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+def _record(config: PreTrainedConfig) -> dict[str, Any]:
+    """What an extension of the context keeps in `hfp`: its to write, and to take back."""
+    settings = getattr(config, "hfp", None) or {}
+    return {k: v for k, v in settings.items() if k == CONTEXT_RECORD}

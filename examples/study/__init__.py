@@ -1,0 +1,1 @@
+"""The parts of extend_and_evaluate.py."""

@@ -1,0 +1,218 @@
+"""Text for the study: the sources of the installed Python packages, split by package."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+LARGEST_FILE = 500_000  # bytes; beyond are tables that a program wrote
+TEST_SHARE = 0.15  # of the text, in whole packages
+KEY_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens of both splits; no package, and no file, is in both.
+
+    Attributes:
+        tokenizer: byte-level BPE, trained on the training packages; every digit is a token.
+        train: one int32 tensor (tokens,) a package.
+        test: documents, int32 (documents, document tokens), each from one package.
+        sources: the test documents' packages.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train: list[Tensor]
+    test: Tensor
+    sources: list[str]
+
+
+def corpus(
+    folder: Path, megabytes: float, documents: int, document_tokens: int, vocab_size: int
+) -> Corpus:
+    """Reads the packages, or what an earlier call left in `folder`.
+
+    Args:
+        folder: for the tokenizer and the tokens.
+        megabytes: text to read at most, of all packages together.
+        documents: test documents at most.
+        document_tokens: length of each.
+        vocab_size: of the tokenizer.
+    """
+    cache = folder / "corpus.pt"
+    if not cache.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = dict(packages(int(megabytes * 1e6)))
+        train_names, test_names = split(texts)
+        tokenizer = train_tokenizer((texts[name] for name in train_names), vocab_size)
+        tokenizer.save_pretrained(folder)
+        test, sources = _documents(
+            {name: encode(tokenizer, texts[name]) for name in test_names},
+            documents,
+            document_tokens,
+        )
+        train = [encode(tokenizer, texts[name]) for name in train_names]
+        partial = cache.with_suffix(".partial")
+        torch.save({"train": train, "test": test, "sources": sources}, partial)
+        partial.rename(cache)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return Corpus(tokenizer, **torch.load(cache))
+
+
+def packages(limit: int) -> Iterator[tuple[str, str]]:
+    """Name and text of every installed package and of the standard library, largest first.
+
+    Args:
+        limit: bytes of all together; the largest packages are cut to the same size to meet it.
+    """
+    paths = sysconfig.get_paths()
+    library = Path(paths["stdlib"])
+    roots = {"python": [f for f in library.rglob("*.py") if "site-packages" not in f.parts]}
+    for top in {Path(paths["purelib"]), Path(paths["platlib"])}:
+        for package in top.iterdir() if top.is_dir() else ():
+            if package.is_dir() and not package.name.startswith((".", "_")):
+                roots.setdefault(package.name, sorted(package.rglob("*.py")))
+    sizes = {name: sum(map(_size, files)) for name, files in roots.items()}
+    cut = _cut(sorted(sizes.values()), limit)
+    seen: set[bytes] = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        parts, size = [], 0
+        for file in sorted(roots[name]):
+            if size >= cut:
+                break
+            content = file.read_bytes() if _size(file) else b""
+            digest = hashlib.sha1(content).digest()
+            if not content or digest in seen:  # a copy would be in both splits
+                continue
+            seen.add(digest)
+            parts.append(f"# {file.name}\n" + content.decode("utf-8", errors="replace"))
+            size += len(content)
+        if parts:
+            yield name, "\n\n".join(parts)
+
+
+def _size(file: Path) -> int:
+    size = file.stat().st_size if file.is_file() else 0
+    return size if 0 < size <= LARGEST_FILE else 0
+
+
+def _cut(sizes: list[int], limit: int) -> int:
+    """The size to which packages have to be cut so that all together meet the limit."""
+    for index, size in enumerate(sizes):
+        left = len(sizes) - index
+        if size * left > limit:
+            return limit // left
+        limit -= size
+    return sizes[-1] if sizes else 0
+
+
+def split(texts: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Names of the training and of the test packages: from large to small, the first for training,
+    then as many for testing as make up `TEST_SHARE`."""
+    total = sum(map(len, texts.values()))
+    train, test, size = [], [], 0
+    for index, (name, text) in enumerate(texts.items()):
+        if index % 3 == 1 and size < TEST_SHARE * total:
+            test.append(name)
+            size += len(text)
+        else:
+            train.append(name)
+    return train, test
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the first 100 kB of each text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text[:100_000] for text in texts), trainer)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
+    """Token ids of a text, int32 (tokens,)."""
+    pieces = [text[i : i + 50_000] for i in range(0, len(text), 50_000)]
+    found = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in found["input_ids"]])
+
+
+def _documents(streams: dict[str, Tensor], count: int, length: int) -> tuple[Tensor, list[str]]:
+    """Up to `count` documents of `length` tokens, in turns from the packages that have them."""
+    cut = {
+        name: list(s[: len(s) // length * length].view(-1, length)) for name, s in streams.items()
+    }
+    found, sources = [], []
+    while len(found) < count and any(cut.values()):
+        for name, left in cut.items():
+            if left and len(found) < count:
+                found.append(left.pop(0))
+                sources.append(name)
+    if not found:
+        raise ValueError(f"no test package has {length} tokens; ask for more megabytes of text")
+    return torch.stack(found), sources
+
+
+class Passkeys:
+    """A number stated somewhere in a text and asked for at its end.
+
+    Args:
+        tokenizer: of the corpus.
+        seed: of the numbers.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
+        self._statement = encode(tokenizer, "\n# The pass key is ")
+        self._end = encode(tokenizer, ". Remember it.\n")
+        self._question = encode(tokenizer, "\n# What is the pass key? The pass key is ")
+        self._digits = torch.cat([encode(tokenizer, str(digit)) for digit in range(10)])
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def asking(self) -> int:
+        """Tokens from a question's first to its answer's last."""
+        return len(self._question) + KEY_DIGITS
+
+    def insert(self, text: Tensor, depth: float, questions: int = 1) -> tuple[Tensor, list[int]]:
+        """Puts a pass key over a text, which keeps its length.
+
+        Args:
+            text: int32 (tokens,).
+            depth: where to state it, from 0 (start) to 1 (just before the question).
+            questions: the last one ends the text, the others are anywhere after the statement.
+
+        Returns:
+            the text, and where each answer starts.
+        """
+        key = self._digits[torch.randint(0, 10, (KEY_DIGITS,), generator=self._generator)]
+        statement = torch.cat([self._statement, key, self._end])
+        question = torch.cat([self._question, key])
+        text, last = text.clone(), len(text) - len(question)
+        start = round(depth * (last - len(statement)))
+        text[start : start + len(statement)] = statement
+        text[last:] = question
+        answers = [last + len(self._question)]
+        room = last - len(question) - (start + len(statement))
+        for _ in range(questions - 1 if room > 0 else 0):
+            shift = int(torch.randint(0, room, (), generator=self._generator))
+            where = start + len(statement) + shift
+            if all(abs(where + len(self._question) - a) > len(question) for a in answers):
+                text[where : where + len(question)] = question
+                answers.append(where + len(self._question))
+        return text, answers

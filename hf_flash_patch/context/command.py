@@ -1,0 +1,91 @@
+"""`hfp extend`: a checkpoint in, the extended checkpoint out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from ..errors import ContextExtensionError
+from . import scaling, tables
+from .extend import extend_context
+
+DESCRIPTION = "extend the maximum context of a checkpoint; stock transformers loads the result"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of the command."""
+    parser.add_argument("path", help="folder or hub name of the checkpoint")
+    parser.add_argument("--max-length", type=int, required=True, metavar="N", help="tokens")
+    parser.add_argument(
+        "--rope",
+        default="auto",
+        metavar="METHOD",
+        help=f"for RoPE: auto, {', '.join(scaling.METHODS)}, or rope_parameters as JSON",
+    )
+    parser.add_argument(
+        "--positions",
+        default="auto",
+        metavar="METHOD",
+        help=f"for learned positions: auto, {', '.join(tables.METHODS)}",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="folder to write")
+
+
+def run(arguments: argparse.Namespace, say: Callable[[str], Any]) -> None:
+    """Loads, extends, saves; with the tokenizer, if the checkpoint has one.
+
+    Args:
+        arguments: as `add_arguments` declares them.
+        say: takes the report.
+
+    Raises:
+        ContextExtensionError: as `extend_context`, or the folder to write has something in it.
+        OSError: the checkpoint cannot be read, or the folder cannot be written.
+    """
+    out = arguments.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ContextExtensionError(
+            f"--out {out} is not empty; name a folder that is, or a new one."
+        )
+    model = _model_class(arguments.path).from_pretrained(arguments.path, dtype="auto")
+    tokenizer = _tokenizer(arguments.path)
+    report = extend_context(
+        model,
+        arguments.max_length,
+        rope=_rope(arguments.rope),
+        positions=arguments.positions,
+        tokenizer=tokenizer,
+    )
+    model.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    say(f"{report}\n{'written':<18}{out}")
+
+
+def _model_class(path: str) -> Any:
+    """The class that the checkpoint was saved from: with its head, that is."""
+    names = AutoConfig.from_pretrained(path).architectures or ()
+    found = (getattr(transformers, name, None) for name in names)
+    return next((cls for cls in found if cls is not None), AutoModel)
+
+
+def _tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None  # a checkpoint without one
+
+
+def _rope(given: str) -> str | dict[str, Any]:
+    if not given.startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ContextExtensionError(f"--rope {given} is not JSON: {error}.") from error
