@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hf_flash_patch.ops.functional import attention
-from tests.ops.cases import make_problem, make_varlen_problem
+from tests.ops.cases import make_problem, make_varlen_problem, with_random_blocks
 
 FEATURES = (
     (),
@@ -45,6 +45,23 @@ def main() -> None:
                 device="cuda",
             )
         ]
+        if head_dim % 8 == 0:
+            problems += [
+                with_random_blocks(
+                    make_problem(
+                        features,
+                        seqlen_q=300,
+                        seqlen_k=400,
+                        head_dim=head_dim,
+                        dtype=torch.bfloat16,
+                        device="cuda",
+                    ),
+                    1,
+                    4,
+                    128,
+                )
+                for features in ((), ("causal", "gqa", "dropout"))
+            ]
         for problem in problems:
             leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
             for deterministic in (False, True):
