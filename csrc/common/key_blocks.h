@@ -52,7 +52,7 @@ class KeyBlocks {
 
  private:
   static constexpr int kPerEntry = kListBlock / kBlockK;
-  static_assert(kListBlock % kBlockK == 0);
+  static_assert(!kLists || kListBlock % kBlockK == 0);
 
   // Goes on to the entry before, of which only blocks between first_ and last_ count.
   __device__ void fetch() {

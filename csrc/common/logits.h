@@ -14,25 +14,25 @@ namespace hfp {
 // every probability has its own instance.
 enum class Variant {
   kPlain,
-  kDropout,
-  kBlocks,   // block lists, with or without dropout
-  kGeneral,  // softcap, ALiBi, any scale, with or without dropout and block lists
+  kBlocks,   // block lists
+  kDropout,  // with or without block lists
+  kGeneral,  // softcap, ALiBi, any scale, with or without block lists and dropout
 };
-constexpr bool reads_lists(Variant v) { return v == Variant::kBlocks || v == Variant::kGeneral; }
+constexpr bool reads_lists(Variant v) { return v != Variant::kPlain; }
 
 // Calls run(std::integral_constant<Variant, ...>) with what a call needs.
 template <class Run>
 auto with_variant(const AttentionParams& p, Run run) {
   if (p.is_general()) return run(std::integral_constant<Variant, Variant::kGeneral>());
-  if (p.mask.lists.row_offsets) return run(std::integral_constant<Variant, Variant::kBlocks>());
   if (p.dropout.rng_state) return run(std::integral_constant<Variant, Variant::kDropout>());
+  if (p.mask.lists.row_offsets) return run(std::integral_constant<Variant, Variant::kBlocks>());
   return run(std::integral_constant<Variant, Variant::kPlain>());
 }
 
 // Whether a kernel of the variant drops what it keeps no bit for.
 template <Variant kVariant>
 __device__ __forceinline__ bool drops(const DropoutParams& p) {
-  return kVariant == Variant::kDropout || (kVariant != Variant::kPlain && p.rng_state);
+  return kVariant == Variant::kDropout || (kVariant == Variant::kGeneral && p.rng_state);
 }
 
 // tanh without the library's branches: absolute error 1e-7, which softcap multiplies by some 30.
@@ -74,7 +74,7 @@ __device__ __forceinline__ const uint32_t* tile_row(const uint32_t* tiles, int t
 }
 
 // Hides what the mask hides, element by element, with the tests that the block needs (`why`, see Mask::hidden). `start`
-// is the warp's first column: a multiple of 32, or of 16 if the warp has no more than 16 columns.
+// is the warp's first column: a multiple of 32, or of 16 if the warp's columns are no whole words.
 template <int kM, int kN, class M>
 __device__ __forceinline__ void mask_elements(const M& mask, unsigned why, float (&s)[kM][kN][4], int row, int start,
                                               int lane) {
@@ -100,8 +100,14 @@ __device__ __forceinline__ void mask_elements(const M& mask, unsigned why, float
     uint32_t words[(kN + 3) / 4];
 #pragma unroll
     for (int w = 0; w < (kN + 3) / 4; ++w) {
-      const int first = start + 32 * w;
-      words[w] = mask.key_word(first & ~31) >> (first & 31) >> lane_col;
+      const int first = (start + 32 * w) & ~31;
+      uint32_t word = mask.key_word(first);
+      if (kN % 4 == 0 || kN <= 2) {
+        word >>= start & 31;
+      } else {
+        word = __funnelshift_r(word, mask.key_word(first + 32), start & 31);
+      }
+      words[w] = word >> lane_col;
     }
     hide_where([&](int c, int, int) { return !(words[c / 32] >> (c % 32) & 1u); });
   }

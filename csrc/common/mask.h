@@ -117,8 +117,9 @@ class Mask {
     if (begin + kBlockK > span.all.end) why |= kPastRange;
     if (bits_) {
       uint32_t every = 0xffffffffu;
+      constexpr int kWords = kBlockK % 32 == 0 ? kBlockK / 32 : (kBlockK + 46) / 32;  // that the block can touch
 #pragma unroll
-      for (int i = 0; i < kBlockK / 32; ++i) every &= key_word(begin + 32 * i);
+      for (int i = 0; i < kWords; ++i) every &= key_word((begin & ~31) + 32 * i);
       if (every != 0xffffffffu) why |= kByBits;
     }
     return why;

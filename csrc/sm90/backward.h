@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     const auto init = [](uint64_t* bar, int arrivals) { barrier_init(smem_address(bar), arrivals); };
     init(&bars->k_full, 1);
     init(&bars->v_full, 1);
-    init(&bars->k_empty, B::kConsumers);
-    init(&bars->v_empty, B::kConsumers);
+    init(&bars->k_empty, kWarps);
+    init(&bars->v_empty, kWarps);
     for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);

@@ -186,31 +186,22 @@ class BackwardConsumer {
     dq_parity_ ^= 1;
   }
 
-  // Through the tiles of K and V, which nobody reads any more, and the copy engine; straight to memory if the last rows
-  // are not this sequence's.
+  // Through shared memory and the copy engine; straight to memory if the last rows are not this sequence's. The tiles
+  // of K and V are given back first, if they are not what the gradients leave through: the next ones arrive meanwhile.
   __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4],
                                         bool had_keys) {
     const BackwardParams& p = a_.p;
     const float scale_v = B::kVariant == Variant::kPlain ? 1.f : p.dropout.rescale;
     const int key0 = work.key0() + B::first_key(group_), column = B::first_column(group_);
-    if (had_keys) named_sync(1, 128 * B::kConsumers);  // dQ reads all of K
+    if (had_keys) {
+      if (!B::kWide) release_keys();
+      named_sync(1, 128 * B::kConsumers);  // dQ reads all of dS and K
+    }
     if (had_keys && key0 + 64 <= work.seq.stored_k) {
-      const int tile = B::first_key(group_) * TileK::kRowBytes + column / TileK::kPanel * TileK::kPanelBytes;
-      store_tile(at(B::kAtV) + tile, dv, scale_v);
-      store_tile(at(B::kAtK) + tile, dk, p.softmax_scale);
-      async_fence_shared();
-      named_sync(2 + group_, 128);
-      if (threadIdx.x % 128 == 0) {
-        const int row = static_cast<int>(work.seq.offset_k) + key0, batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-#pragma unroll
-        for (int i = 0; i < B::kColumns / TileK::kPanel; ++i) {
-          const int from = tile + i * TileK::kPanelBytes, col = column + i * TileK::kPanel;
-          tma_store(&a_.dv, at(B::kAtV) + from, col, row, work.head_k, batch);
-          tma_store(&a_.dk, at(B::kAtK) + from, col, row, work.head_k, batch);
-        }
-        bulk_commit();
-        bulk_wait_read<0>();
-      }
+      leave(a_.dv, B::out_place(group_, 0), dv, scale_v, work, key0);
+      if (B::kOutBuffers == 1) await_left();
+      leave(a_.dk, B::out_place(group_, 1), dk, p.softmax_scale, work, key0);
+      await_left();
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -222,20 +213,40 @@ class BackwardConsumer {
                            exists, dk, h, p.softmax_scale, p.head_dim - column, lane_ % 4);
       }
     }
-    if (had_keys && threadIdx.x % 128 == 0) {
-      barrier_arrive(smem_address(&bars_->k_empty));
-      barrier_arrive(smem_address(&bars_->v_empty));
-    }
+    if (had_keys && B::kWide) release_keys();
   }
-  __device__ __forceinline__ void store_tile(uint32_t to, const float (&x)[kND][4], float scale) {
-    to += TileK::offset(16 * warp_ + lane_ % 16, lane_ / 16);
+  __device__ __forceinline__ void release_keys() {
+    release(&bars_->k_empty);
+    release(&bars_->v_empty);
+  }
+  // This consumer's dK or dV, from key `key0` on.
+  __device__ __forceinline__ void leave(const CUtensorMap& map, int place, const float (&x)[kND][4], float scale,
+                                        const KeyBlock<B>& work, int key0) {
+    using TileOut = typename B::TileOut;
+    const uint32_t to = at(place) + TileOut::offset(16 * warp_ + lane_ % 16, lane_ / 16);
 #pragma unroll
     for (int j = 0; j < kND; j += 2) {
-      store_matrix4(TileK::step(to, j), pack<Element>(x[j][0] * scale, x[j][1] * scale),
+      store_matrix4(TileOut::step(to, j), pack<Element>(x[j][0] * scale, x[j][1] * scale),
                     pack<Element>(x[j][2] * scale, x[j][3] * scale),
                     pack<Element>(x[j + 1][0] * scale, x[j + 1][1] * scale),
                     pack<Element>(x[j + 1][2] * scale, x[j + 1][3] * scale));
     }
+    async_fence_shared();
+    named_sync(2 + group_, 128);
+    if (threadIdx.x % 128 == 0) {
+      const int row = static_cast<int>(work.seq.offset_k) + key0, batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+#pragma unroll
+      for (int i = 0; i < TileOut::kPanels; ++i) {
+        tma_store(&map, at(place) + i * TileOut::kPanelBytes, B::first_column(group_) + i * TileOut::kPanel, row,
+                  work.head_k, batch);
+      }
+      bulk_commit();
+    }
+  }
+  // Until what leaves has been read.
+  __device__ __forceinline__ void await_left() {
+    if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
+    named_sync(2 + group_, 128);
   }
 
   __device__ bool dropping() const { return drops<B::kVariant>(a_.p.dropout); }

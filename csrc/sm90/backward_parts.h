@@ -60,6 +60,7 @@ struct Backward {
   using TileQ = Tile<kBlockQ, kHeadDim>;
   using TileK = Tile<kBlockK, kHeadDim>;
   using TileS = Tile<kBlockK, kBlockQ>;  // dS and P, transposed
+  using TileOut = Tile<64, kColumns>;    // a consumer's dK or dV, rounded
   struct Step {                          // of the loop over query tiles, as the consumers see it
     int row0, head, bits;
     unsigned flags;  // Hidden, and:
@@ -99,6 +100,14 @@ struct Backward {
   static constexpr int kAtZeros = kAtRound + kRoundBytes;
   static constexpr int kZeroBytes = 4096;
   static constexpr int kTileBytes = kAtZeros + kZeroBytes;
+  // Where a consumer's dV (0) and dK (1) leave from: where dS was, one after the other if there is no room for both;
+  // wide: where V and K were.
+  static constexpr int kOutBuffers = kWide || 4 * TileOut::kBytes <= kStagesS * TileS::kBytes ? 2 : 1;
+  static_assert(kWide || 2 * TileOut::kBytes <= kStagesS * TileS::kBytes);
+  __device__ static constexpr int out_place(int group, int i) {
+    if (kWide) return (i == 0 ? kAtV : kAtK) + group * TileOut::kBytes;
+    return kAtDs + (group + (kOutBuffers == 2 ? 2 * i : 0)) * TileOut::kBytes;
+  }
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
   static_assert(kSharedBytes <= 227 * 1024);
 };

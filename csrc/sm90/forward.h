@@ -2,9 +2,11 @@
 // through the tensor memory accelerator into a ring of stages, the consumers multiply with wgmma. Two overlaps hide the
 // softmax behind the tensor cores: within a warpgroup, S(n) = Q K(n)^T is issued before O += P(n + 1) V(n + 1) and both
 // run while the softmax waits only for the first; between warpgroups, named barriers make them take turns at issuing
-// (ping-pong).
+// (ping-pong). What limits the products is shared memory: each reads K or V once a warpgroup, at half of what it
+// delivers; Q from there as well would take three quarters or more, so it stays in registers where there are enough.
 #pragma once
 
+#include "common/key_blocks.h"
 #include "common/logits.h"
 #include "common/softmax.h"
 #include "launch.h"
@@ -18,20 +20,29 @@ namespace hfp::sm90 {
 // What spills: per tile, its description; per block, in the general variant, the numbers of softcap and ALiBi.
 // ptxas-spill-ok(sm9014forward_kernel, 500): nothing that a product waits for
 
-template <int kHeadDim, int kConsumers_>
-struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32
+// Keys of a block. Where Q is in shared memory, the fewer the more often it is read: 64 rows by 64 keys take all that
+// shared memory delivers. 96 columns and three consumers leave registers for 96 keys, 256 columns leave shared memory
+// for 80, which divides no block of a list and is no number of words of dropout's bits.
+constexpr int keys_of_block(int head_dim, Variant variant, int consumers) {
+  if (head_dim > 128) return variant == Variant::kPlain ? 80 : 64;
+  return head_dim == 96 && consumers == 3 ? 96 : 128;
+}
+
+template <int kHeadDim, Variant kVariant, int kConsumers_>
+struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32, Q 32
   static constexpr int kConsumers = kConsumers_;
-  static constexpr int kBlockK = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kBlockK = keys_of_block(kHeadDim, kVariant, kConsumers_);
   static constexpr int kStages = 2;
-  static constexpr int kStagesQ = kHeadDim <= 128 ? 2 : 1;  // 2: the next tile's Q arrives while this one is worked on
-  static constexpr bool kPingPong = kHeadDim <= 128;
+  static constexpr bool kQInRegisters = kHeadDim <= 128 && kConsumers == 2;
+  // 2: the next tile's Q arrives while this one is worked on.
+  static constexpr int kStagesQ = kHeadDim <= 128 && !kQInRegisters ? 2 : 1;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 };
 
 template <typename Element_, int kHeadDim_, Variant kVariant_, int kConsumers_>
-struct Forward : ForwardTraits<kHeadDim_, kConsumers_> {
-  using Traits = ForwardTraits<kHeadDim_, kConsumers_>;
+struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
+  using Traits = ForwardTraits<kHeadDim_, kVariant_, kConsumers_>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
@@ -40,11 +51,19 @@ struct Forward : ForwardTraits<kHeadDim_, kConsumers_> {
 
   using TileQ = Tile<64, kHeadDim>;  // of one consumer
   using TileK = Tile<Traits::kBlockK, kHeadDim>;
+  // Block lists are read by the producer alone, which has the time to wait for them: it leaves a note with each block.
+  static constexpr bool kTold = reads_lists(kVariant) && Traits::kConsumers == 2;
+  struct Note {
+    int block;  // -1: the tile sees nothing
+    int bits;
+    int is_last;  // of the tile
+  };
   struct Barriers {
     uint64_t q_full[Traits::kStagesQ * Traits::kConsumers], q_empty[Traits::kStagesQ * Traits::kConsumers];
     uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
     uint64_t tile_full, tile_empty;
     int tile;
+    Note note[Traits::kStages];  // with K
   };
   static constexpr int kTileBytes =
       2 * Traits::kStages * TileK::kBytes + Traits::kStagesQ * Traits::kConsumers * TileQ::kBytes;
@@ -63,9 +82,8 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
   using TileK = typename F::TileK;
   Stage<F::kStages> k(1), v(1);
   Stage<F::kStagesQ> q(1);
-  auto load = [&](Stage<F::kStages>& stage, uint64_t* full, uint64_t* empty, uint32_t tile, const CUtensorMap* map,
-                  int row, int head, int batch) {
-    barrier_wait(smem_address(empty + stage.index), stage.parity);
+  const auto copy = [&](Stage<F::kStages>& stage, uint64_t* full, uint32_t tile, const CUtensorMap* map, int row,
+                        int head, int batch) {
     const uint32_t bar = smem_address(full + stage.index);
     barrier_expect(bar, TileK::kBytes);
     TileK::load(tile + stage.index * TileK::kBytes, map, bar, row, head, batch);
@@ -74,11 +92,28 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
 #pragma unroll 1
   for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.next(false)) {
     const Work<F> work(a, queue.tile());
-    if (!work.cursor.valid()) continue;
+    if (!work.exists()) continue;
     const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
     const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;
-    auto blocks = work.cursor;
-    load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + blocks.block * F::kBlockK, head_k, batch);
+    KeyBlocks<F::kBlockK, F::kTold> blocks(work.mask, work.span, work.row0, work.head);
+    if (!blocks.valid()) {
+      if constexpr (F::kTold) {
+        barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
+        bars->note[k.index].block = -1;
+        barrier_arrive(smem_address(bars->k_full + k.index));
+        k.next();
+      }
+      continue;
+    }
+    const auto load_k = [&] {  // returns which block
+      const typename F::Note note{blocks.block, blocks.bits};
+      blocks.next();
+      barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
+      if (F::kTold) bars->note[k.index] = {note.block, note.bits, !blocks.valid()};
+      copy(k, bars->k_full, tile_k, &a.k, key0 + note.block * F::kBlockK, head_k, batch);
+      return note.block;
+    };
+    int n = load_k();
 #pragma unroll
     for (int w = 0; w < F::kConsumers; ++w) {
       const int at = q.index * F::kConsumers + w;
@@ -89,13 +124,12 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     }
     q.next();
 #pragma unroll 1
-    while (blocks.valid()) {
-      const int n = blocks.block;
-      blocks.next();
-      if (blocks.valid()) {
-        load(k, bars->k_full, bars->k_empty, tile_k, &a.k, key0 + blocks.block * F::kBlockK, head_k, batch);
-      }
-      load(v, bars->v_full, bars->v_empty, tile_v, &a.v, key0 + n * F::kBlockK, head_k, batch);
+    for (bool more = true; more;) {
+      const int before = n;
+      more = blocks.valid();
+      if (more) n = load_k();
+      barrier_wait(smem_address(bars->v_empty + v.index), v.parity);
+      copy(v, bars->v_full, tile_v, &a.v, key0 + before * F::kBlockK, head_k, batch);
     }
   }
 }
@@ -118,14 +152,14 @@ class Consumer {
         group_(uniform(threadIdx.x / 128) - 1),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
-        desc_q_(TileQ::along(tile_q + group_ * TileQ::kBytes)),
+        tile_q_(tile_q + group_ * TileQ::kBytes),
         desc_k_(TileK::along(tile_k)),
         desc_v_(TileK::down(tile_v)) {}
 
   // Tile after tile. The first product of a tile is issued together with the last of the one before, so that the tensor
   // cores have work while one tile's output leaves and the next one's softmax begins.
   __device__ __forceinline__ void run() {
-    if (F::kPingPong && group_ == F::kConsumers - 1) named_arrive(1, 256);
+    if (group_ == F::kConsumers - 1) named_arrive(1, 256);
     auto queue = tiles_of<F>(a_, bars_);
     Work<F> work(a_, queue.tile());
     if (!settle(queue, work)) return;
@@ -145,8 +179,8 @@ class Consumer {
     for (;;) {
       int accumulate = 0;
 #pragma unroll 1
-      for (advance(work); work.cursor.valid(); advance(work)) {
-        barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+      while (goes_on()) {
+        await_k();
         take_turn();
         issue_qk(s);
         barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
@@ -164,7 +198,7 @@ class Consumer {
         round_to(prob, work, s);
         scale_rows(o, shrink);
       }
-      release_q();
+      if (!F::kQInRegisters) release_q();
       queue.next(true);
       const Work<F> done = work;
       if (!settle(queue, work)) {
@@ -201,9 +235,8 @@ class Consumer {
   __device__ __forceinline__ bool settle(TileQueue<typename F::Barriers>& queue, Work<F>& work) {
     for (; queue.valid(); queue.next(true)) {
       work = Work<F>(a_, queue.tile());
-      work.cursor.make_uniform(uniform);
-      if (work.cursor.valid()) return true;
       if (!uniform(work.exists())) continue;
+      if (begins(work)) return true;
       Softmax<1> nothing;
       float o[1][kNO][4];
       sm80::clear(o);
@@ -212,35 +245,68 @@ class Consumer {
     return false;
   }
 
-  __device__ __forceinline__ void advance(Work<F>& work) {
-    work.cursor.next();
-    if constexpr (reads_lists(F::kVariant)) work.cursor.make_uniform(uniform);
+  // The first block of a tile, if it sees any.
+  __device__ __forceinline__ bool begins(const Work<F>& work) {
+    if constexpr (F::kTold) {
+      await_k();
+      if (blocks_.block < 0) release(k_, bars_->k_empty);
+      return blocks_.block >= 0;
+    } else {
+      blocks_ = {work.mask, work.span, work.row0, work.head};
+      blocks_.make_uniform(uniform);
+      return blocks_.valid();
+    }
+  }
+  // Whether there is another.
+  __device__ __forceinline__ bool goes_on() {
+    if constexpr (F::kTold) {
+      return !blocks_.is_last;
+    } else {
+      blocks_.next();
+      return blocks_.valid();
+    }
+  }
+  __device__ __forceinline__ void await_k() {
+    barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+    if constexpr (F::kTold) {
+      const typename F::Note note = bars_->note[k_.index];
+      blocks_ = {uniform(note.block), uniform(note.bits), uniform(note.is_last)};
+    }
   }
 
+  // Q of a tile and its first K.
   __device__ __forceinline__ void await_first() {
     barrier_wait(smem_address(bars_->q_full + q_.index * F::kConsumers + group_), q_.parity);
+    if constexpr (F::kQInRegisters) {
+      const uint32_t from = tile_q_ + TileQ::offset(16 * warp_ + lane_ % 16, lane_ / 16);
+#pragma unroll
+      for (int i = 0; i < F::kHeadDim / 16; ++i) sm80::ldmatrix4(fragments_q_[i], TileQ::step(from, 2 * i));
+      __syncwarp();
+      release_q();
+    }
     barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
   }
   __device__ __forceinline__ void release_q() {
     if (lane_ == 0) barrier_arrive(smem_address(bars_->q_empty + q_.index * F::kConsumers + group_));
     q_.next();
   }
-  __device__ __forceinline__ void take_turn() {
-    if (F::kPingPong) named_sync(1 + group_, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if (F::kPingPong) named_arrive(1 + (group_ + 1) % F::kConsumers, 256);
-  }
+  __device__ __forceinline__ void take_turn() { named_sync(1 + group_, 256); }
+  __device__ __forceinline__ void pass_turn() { named_arrive(1 + (group_ + 1) % F::kConsumers, 256); }
   __device__ int first_row(const Work<F>& work) const { return work.row0 + 64 * group_ + 16 * warp_; }
 
   __device__ __forceinline__ void issue_qk(float (&s)[1][kNS][4]) {
-    const uint64_t q = desc_q_ + q_.index * (F::kConsumers * TileQ::kBytes >> 4);
+    const uint64_t q = TileQ::along(tile_q_ + q_.index * F::kConsumers * TileQ::kBytes);
     const uint64_t k = desc_k_ + k_.index * (TileK::kBytes >> 4);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < F::kHeadDim / 16; ++i) {
-      Wgmma<F::kBlockK, Element>::template ss<0, 0>(reinterpret_cast<AccumulatorS>(s), q + TileQ::along_step(i),
-                                                    k + TileK::along_step(i), i > 0);
+      using Product = Wgmma<F::kBlockK, Element>;
+      const uint64_t k_i = k + TileK::along_step(i);
+      if constexpr (F::kQInRegisters) {
+        Product::template rs<0>(reinterpret_cast<AccumulatorS>(s), fragments_q_[i], k_i, i > 0);
+      } else {
+        Product::template ss<0, 0>(reinterpret_cast<AccumulatorS>(s), q + TileQ::along_step(i), k_i, i > 0);
+      }
     }
     wgmma_commit();
   }
@@ -266,7 +332,7 @@ class Consumer {
 
   __device__ __forceinline__ void probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
                                                 float (&shrink)[1][2]) {
-    const int n = work.cursor.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
+    const int n = blocks_.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
     if constexpr (F::kVariant == Variant::kGeneral) {
       const LogitBias bias(a_.p, work.seq.batch, work.head);
       bias_elements(bias, s, row, key0 + 2 * (lane_ % 4), work.mask.shift());
@@ -274,8 +340,8 @@ class Consumer {
     if (const unsigned why = work.mask.template hidden<F::kBlockK>(work.span, n)) {
       mask_elements(work.mask, why, s, sm80::not_hoisted(row), key0, lane_);
     }
-    if (reads_lists(F::kVariant) && work.cursor.bits != kFullTile) {
-      mask_by_tile(a_.p.mask.lists, work.cursor.bits, s, sm80::not_hoisted(row), key0, lane_);
+    if (F::kTold && blocks_.bits != kFullTile) {
+      mask_by_tile(a_.p.mask.lists, blocks_.bits, s, sm80::not_hoisted(row), key0, lane_);
     }
     softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
   }
@@ -287,7 +353,7 @@ class Consumer {
       if (drops<F::kVariant>(a_.p.dropout)) {
         const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + work.head);
         uint32_t keep[1][kNS / 4];
-        keep_elements<1, kNS>(dropout, keep, first_row(work), work.cursor.block * F::kBlockK, lane_);
+        keep_elements<1, kNS>(dropout, keep, first_row(work), blocks_.block * F::kBlockK, lane_);
 #pragma unroll
         for (int j = 0; j < kNS; ++j)
 #pragma unroll
@@ -323,7 +389,10 @@ class Consumer {
   const ForwardArguments& a_;
   typename F::Barriers* bars_;
   const int group_, lane_, warp_;
-  const uint64_t desc_q_, desc_k_, desc_v_;
+  const uint32_t tile_q_;
+  const uint64_t desc_k_, desc_v_;
+  uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
+  std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is
   Stage<F::kStages> k_{0}, v_{0};
   Stage<F::kStagesQ> q_{0};
 };
@@ -398,19 +467,23 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
       a);
 }
 
-// A third consumer, where registers allow it, shares keys among more rows: 5 to 20% faster. But tall tiles meet more of
-// the mask's edge, and where rows see few keys that costs more: at 512 keys, causal, a fifth; at 2048 it is even.
-inline bool pays_tall(const MaskParams& m) {
-  if (m.window_left < 0 && m.window_right < 0) return true;
+// A third consumer, where registers allow it, shares keys among more rows: 5 to 20% faster where rows see many keys.
+// But tall tiles meet more of the mask's edge, and more rows past the end: behind a causal mask, 64 columns, 512 keys
+// cost a fifth and 2048 are even. With 96 columns Q has no room in registers then, which pays from 2048 rows on only
+// where there is no edge.
+template <int kHeadDim>
+bool pays_tall(const MaskParams& m) {
+  if (m.lists.row_offsets) return false;  // whose blocks have 128 rows
+  if (m.window_left < 0 && m.window_right < 0) return kHeadDim <= 64 || m.seqlen_q >= 2048;
   const int64_t before = m.window_left < 0 ? m.seqlen_k : m.window_left;
   const int64_t after = m.window_right < 0 ? m.seqlen_k : m.window_right;
-  return std::min<int64_t>(m.seqlen_k, before + after + 1) > 2048;
+  return kHeadDim <= 64 && std::min<int64_t>(m.seqlen_k, before + after + 1) > 2048;
 }
 
 template <typename Element, int kHeadDim, Variant kVariant>
 void choose_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 64 && !reads_lists(kVariant)) {  // block lists have 128 rows
-    if (pays_tall(p.mask)) return launch_forward<Element, kHeadDim, kVariant, 3>(p, stream);
+  if constexpr (kHeadDim <= 96 && kVariant != Variant::kGeneral) {
+    if (pays_tall<kHeadDim>(p.mask)) return launch_forward<Element, kHeadDim, kVariant, 3>(p, stream);
   }
   launch_forward<Element, kHeadDim, kVariant, 2>(p, stream);
 }

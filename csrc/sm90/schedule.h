@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "common/divide.h"
-#include "common/key_blocks.h"
 #include "common/logits.h"
 #include "launch.h"
 #include "sm90/ptx.h"
@@ -62,13 +61,10 @@ struct Work {
   Sequence seq;
   Mask mask;
   TileSpan span;
-  KeyBlocks<F::kBlockK, reads_lists(F::kVariant)> cursor;  // not valid: the tile sees nothing
 
   __device__ Work(const ForwardArguments& a, int tile)
-      : row0(0), head(0), seq(a.p.mask, locate(a, tile)), mask(a.p.mask, seq), span(), cursor() {
-    if (!exists()) return;
-    span = mask.tile_span(row0, row0 + F::kBlockQ);
-    cursor = {mask, span, row0, head};
+      : row0(0), head(0), seq(a.p.mask, locate(a, tile)), mask(a.p.mask, seq), span() {
+    if (exists()) span = mask.tile_span(row0, row0 + F::kBlockQ);
   }
   __device__ bool exists() const { return row0 < seq.seqlen_q; }
 
