@@ -103,7 +103,9 @@ def test_a_dense_mask_as_a_list(head_dim):
     q, k, v = (torch.randn(2, 700, 4, head_dim, dtype=BF16, device="cuda") for _ in range(3))
     for pattern, causal in ((masks.full(), False), (masks.causal(), True)):
         out = flash_attn_func(q, k, v, block_mask=pattern, backend="cuda")
-        torch.testing.assert_close(out, flash_attn_func(q, k, v, causal=causal, backend="cuda"))
+        dense = flash_attn_func(q, k, v, causal=causal, backend="cuda")
+        # Where the two take blocks of different widths they round P at different maxima.
+        torch.testing.assert_close(out, dense, rtol=0.016, atol=1e-3)
 
 
 def test_lists_that_hide_everything():
