@@ -199,14 +199,15 @@ def test_an_adapter_on_the_table_itself_is_refused():
 
 
 def test_a_longer_context_and_a_mask_in_one_line(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "base")  # writes into the config
     before, window = _state(llama), hfp.masks.sliding_window(16)
     patch = hfp.patch(llama, max_length=256, rope="yarn", mask=window)
     expected = _logits(llama, 200)
     assert set(llama.config.hfp) == {"backend", "mask", "context"}
-    llama.save_pretrained(tmp_path)
+    llama.save_pretrained(tmp_path / "long")
     patch.restore()
     assert _state(llama) == before
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     hfp.patch(reloaded)
     assert torch.equal(_logits(reloaded, 200), expected)
     hfp.unpatch(reloaded)
