@@ -32,6 +32,7 @@ import hf_flash_patch as hfp
 
 METHODS = ("tile", "interpolate", "hierarchical", "random")
 SHORT, LONG = 512, 4096
+SHORTEST = 2048  # tokens of a document
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -71,12 +72,12 @@ def corpus(
     for text in texts():
         sentences, taken = SENTENCE.split(text)[::-1], 0  # popped from the end
         while taken < 3 and sentences:
-            length, part = choose.randint(2048, LONG - 64), []
+            length, part = choose.randint(SHORTEST, LONG - 64), []
             size = 0
             while sentences and size < length:
                 part.append(sentences.pop())
                 size += len(tokenizer(part[-1], add_special_tokens=False).input_ids)
-            if 2048 <= size <= LONG - 2:
+            if SHORTEST <= size <= LONG - 2:
                 documents.append(" ".join(part))
                 taken += 1
     choose.shuffle(documents)
@@ -124,7 +125,7 @@ def main(arguments: Arguments) -> int:
     of_queries = embed(base, tokenizer, queries, SHORT, "queries")
     of_starts = embed(base, tokenizer, documents, SHORT, "truncated")
 
-    table = Table(title=f"{len(documents)} documents of 2048 to 4096 tokens")
+    table = Table(title=f"{len(documents)} documents of {SHORTEST} to {LONG} tokens")
     table.add_column("positions")
     for column in ("recall@1", "mean reciprocal rank", "change of texts up to 512 tokens"):
         table.add_column(column, justify="right")
