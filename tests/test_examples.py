@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import extend_and_evaluate  # noqa: E402
+import extend_encoder  # noqa: E402
 import quickstart  # noqa: E402
 from demo import checkpoints, equality, throughput  # noqa: E402
 
@@ -173,6 +174,19 @@ class TestExtendAndEvaluate:
     def test_unknown_preset(self, output):
         with pytest.raises(SystemExit, match="--preset t5; there are llama, gpt2, bert"):
             self.run(output, preset=["t5"])
+
+
+def test_extend_encoder(monkeypatch, capsys):
+    words = [f"Word{i} stands here with number {i} and some others behind it." for i in range(999)]
+    halves = " ".join(words[:55]), " ".join(words[55:110])
+    monkeypatch.setattr(extend_encoder, "texts", lambda: iter(halves))
+    monkeypatch.setattr(extend_encoder, "SHORTEST", 600)
+    monkeypatch.setattr(extend_encoder, "LONG", 1100)
+    assert extend_encoder.main(extend_encoder.Arguments(documents=2, device="cpu")) == 0
+    said = capsys.readouterr().out
+    assert "2 documents of 600 to 1100 tokens" in said
+    unchanged = [line for line in said.splitlines() if "0.0e+00" in line]
+    assert len(unchanged) == 4 and not any("interpolate" in line for line in unchanged)
 
 
 def test_no_text_is_in_both_splits(monkeypatch, tmp_path):

@@ -15,9 +15,12 @@ from transformers import (
     BloomConfig,
     BloomModel,
     ByT5Tokenizer,
+    CLIPVisionConfig,
     EncoderDecoderModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MambaConfig,
     MambaModel,
     T5Config,
@@ -421,6 +424,22 @@ def test_encoder_and_decoder_grow_to_the_same_length():
     assert [part.method for part in report.parts] == ["tile", "tile"]
     assert model.config.encoder.max_position_embeddings == 256
     assert model.config.decoder.max_position_embeddings == 256
+
+
+def test_the_text_part_of_a_composite_model(tmp_path):
+    vision = CLIPVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = LlavaConfig(
+        text_config=tiny_config("llama"), vision_config=vision, image_token_index=5
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    report = hfp.extend_context(model, 256, rope="yarn")
+    assert [part.where for part in report.parts] == ["model.language_model.rotary_emb"]
+    assert model.config.text_config.max_position_embeddings == 256
+    model.save_pretrained(tmp_path)
+    reloaded = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(_logits(reloaded, 200), _logits(model, 200))
 
 
 def test_a_shared_config_does_not_extend_another_model():
