@@ -1,0 +1,273 @@
+// A warpgroup of the Hopper forward: products, softmax, output.
+#pragma once
+
+#include "common/softmax.h"
+#include "sm90/forward_parts.h"
+#include "sm90/store.h"
+
+namespace hfp::sm90 {
+
+// One warpgroup of consumers.
+template <class F>
+class Consumer {
+  using Element = typename F::Element;
+  using TileQ = typename F::TileQ;
+  using TileK = typename F::TileK;
+  static constexpr int kNS = F::kBlockK / 8, kNO = F::kHeadDim / 8;
+  using AccumulatorS = float (&)[4 * kNS];
+  using AccumulatorO = float (&)[4 * kNO];
+
+ public:
+  __device__ Consumer(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q, uint32_t tile_k,
+                      uint32_t tile_v)
+      : a_(a),
+        bars_(bars),
+        group_(uniform(threadIdx.x / 128) - 1),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        tile_q_(tile_q + group_ * TileQ::kBytes),
+        desc_k_(TileK::along(tile_k)),
+        desc_v_(TileK::down(tile_v)) {}
+
+  // Tile after tile. The first product of a tile is issued together with the last of the one before, so that the tensor
+  // cores have work while one tile's output leaves and the next one's softmax begins.
+  __device__ __forceinline__ void run() {
+    if (group_ == F::kConsumers - 1) named_arrive(1, 256);
+    auto queue = tiles_of<F>(a_, bars_);
+    Work<F> work(a_, queue.tile());
+    if (!settle(queue, work)) return;
+    float s[1][kNS][4], o[1][kNO][4], shrink[1][2];
+    uint32_t prob[F::kBlockK / 16][4];
+    Softmax<1> softmax;
+    await_first();
+    take_turn();
+    issue_qk(s);
+    pass_turn();
+    wgmma_wait<0>();
+    pin(reinterpret_cast<AccumulatorS>(s));
+    release(k_, bars_->k_empty);
+    probabilities(work, softmax, s, shrink);
+    round_to(prob, work, s);
+#pragma unroll 1
+    for (;;) {
+      int accumulate = 0;
+#pragma unroll 1
+      while (goes_on()) {
+        await_k();
+        take_turn();
+        issue_qk(s);
+        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        issue_pv(o, prob, accumulate);
+        accumulate = 1;
+        pass_turn();
+        wgmma_wait<1>();
+        pin(reinterpret_cast<AccumulatorS>(s));
+        release(k_, bars_->k_empty);
+        probabilities(work, softmax, s, shrink);
+        wgmma_wait<0>();
+        pin(reinterpret_cast<AccumulatorO>(o));
+        pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+        release(v_, bars_->v_empty);
+        round_to(prob, work, s);
+        scale_rows(o, shrink);
+      }
+      if (!F::kQInRegisters) release_q();
+      queue.next(true);
+      const Work<F> done = work;
+      if (!settle(queue, work)) {
+        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        issue_pv(o, prob, accumulate);
+        wgmma_wait<0>();
+        pin(reinterpret_cast<AccumulatorO>(o));
+        finish(done, softmax, o);
+        return;
+      }
+      Softmax<1> sums = softmax;
+      softmax = Softmax<1>();
+      await_first();
+      take_turn();
+      issue_qk(s);
+      barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+      issue_pv(o, prob, accumulate);
+      pass_turn();
+      wgmma_wait<1>();
+      pin(reinterpret_cast<AccumulatorS>(s));
+      release(k_, bars_->k_empty);
+      probabilities(work, softmax, s, shrink);
+      wgmma_wait<0>();
+      pin(reinterpret_cast<AccumulatorO>(o));
+      pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+      release(v_, bars_->v_empty);
+      finish(done, sums, o);
+      round_to(prob, work, s);
+    }
+  }
+
+ private:
+  // Goes on to a tile that sees something; one that sees nothing gets zeros here.
+  __device__ __forceinline__ bool settle(TileQueue<typename F::Barriers>& queue, Work<F>& work) {
+    for (; queue.valid(); queue.next(true)) {
+      work = Work<F>(a_, queue.tile());
+      if (!uniform(work.exists())) continue;
+      if (begins(work)) return true;
+      Softmax<1> nothing;
+      float o[1][kNO][4];
+      sm80::clear(o);
+      finish(work, nothing, o);
+    }
+    return false;
+  }
+
+  // The first block of a tile, if it sees any.
+  __device__ __forceinline__ bool begins(const Work<F>& work) {
+    if constexpr (F::kTold) {
+      await_k();
+      if (blocks_.block < 0) release(k_, bars_->k_empty);
+      return blocks_.block >= 0;
+    } else {
+      blocks_ = {work.mask, work.span, work.row0, work.head};
+      blocks_.make_uniform(uniform);
+      return blocks_.valid();
+    }
+  }
+  // Whether there is another.
+  __device__ __forceinline__ bool goes_on() {
+    if constexpr (F::kTold) {
+      return !blocks_.is_last;
+    } else {
+      blocks_.next();
+      return blocks_.valid();
+    }
+  }
+  __device__ __forceinline__ void await_k() {
+    barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+    if constexpr (F::kTold) {
+      const typename F::Note note = bars_->note[k_.index];
+      blocks_ = {uniform(note.block), uniform(note.bits), uniform(note.is_last)};
+    }
+  }
+
+  // Q of a tile and its first K.
+  __device__ __forceinline__ void await_first() {
+    barrier_wait(smem_address(bars_->q_full + q_.index * F::kConsumers + group_), q_.parity);
+    if constexpr (F::kQInRegisters) {
+      const uint32_t from = tile_q_ + TileQ::offset(16 * warp_ + lane_ % 16, lane_ / 16);
+#pragma unroll
+      for (int i = 0; i < F::kHeadDim / 16; ++i) sm80::ldmatrix4(fragments_q_[i], TileQ::step(from, 2 * i));
+      __syncwarp();
+      release_q();
+    }
+    barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
+  }
+  __device__ __forceinline__ void release_q() {
+    if (lane_ == 0) barrier_arrive(smem_address(bars_->q_empty + q_.index * F::kConsumers + group_));
+    q_.next();
+  }
+  __device__ __forceinline__ void take_turn() { named_sync(1 + group_, 256); }
+  __device__ __forceinline__ void pass_turn() { named_arrive(1 + (group_ + 1) % F::kConsumers, 256); }
+  __device__ int first_row(const Work<F>& work) const { return work.row0 + 64 * group_ + 16 * warp_; }
+
+  __device__ __forceinline__ void issue_qk(float (&s)[1][kNS][4]) {
+    const uint64_t q = TileQ::along(tile_q_ + q_.index * F::kConsumers * TileQ::kBytes);
+    const uint64_t k = desc_k_ + k_.index * (TileK::kBytes >> 4);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < F::kHeadDim / 16; ++i) {
+      using Product = Wgmma<F::kBlockK, Element>;
+      const uint64_t k_i = k + TileK::along_step(i);
+      if constexpr (F::kQInRegisters) {
+        Product::template rs<0>(reinterpret_cast<AccumulatorS>(s), fragments_q_[i], k_i, i > 0);
+      } else {
+        Product::template ss<0, 0>(reinterpret_cast<AccumulatorS>(s), q + TileQ::along_step(i), k_i, i > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_pv(float (&o)[1][kNO][4], uint32_t (&prob)[F::kBlockK / 16][4],
+                                           int accumulate) {
+    const uint64_t v = desc_v_ + v_.index * (TileK::kBytes >> 4);
+    pin(reinterpret_cast<AccumulatorO>(o));
+    pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < F::kBlockK / 16; ++i) {
+      Wgmma<F::kHeadDim, Element>::template rs<1>(reinterpret_cast<AccumulatorO>(o), prob[i], v + TileK::down_step(i),
+                                                  i > 0 ? 1 : accumulate);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release(Stage<F::kStages>& stage, uint64_t* empty) {
+    if (lane_ == 0) barrier_arrive(smem_address(empty + stage.index));
+    stage.next();
+  }
+
+  __device__ __forceinline__ void probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+                                                float (&shrink)[1][2]) {
+    const int n = blocks_.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
+    if constexpr (F::kVariant == Variant::kGeneral) {
+      const LogitBias bias(a_.p, work.seq.batch, work.head);
+      bias_elements(bias, s, row, key0 + 2 * (lane_ % 4), work.mask.shift());
+    }
+    if (const unsigned why = work.mask.template hidden<F::kBlockK>(work.span, n)) {
+      mask_elements(work.mask, why, s, sm80::not_hoisted(row), key0, lane_);
+    }
+    if (F::kTold && blocks_.bits != kFullTile) {
+      mask_by_tile(a_.p.mask.lists, blocks_.bits, s, sm80::not_hoisted(row), key0, lane_);
+    }
+    softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
+  }
+
+  // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
+  __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
+                                           float (&s)[1][kNS][4]) {
+    if constexpr (F::kVariant != Variant::kPlain) {
+      if (drops<F::kVariant>(a_.p.dropout)) {
+        const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + work.head);
+        uint32_t keep[1][kNS / 4];
+        keep_elements<1, kNS>(dropout, keep, first_row(work), blocks_.block * F::kBlockK, lane_);
+#pragma unroll
+        for (int j = 0; j < kNS; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[0][j][e] = kept(keep[0][j / 4], j, e) ? s[0][j][e] : 0.f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < F::kBlockK / 16; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float (&c)[4] = s[0][2 * j + e / 2];
+        prob[j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
+      }
+  }
+
+  // Writes lse and O. Four lanes hold two columns each of 8; they trade so that each writes 16 bytes of one row.
+  __device__ __forceinline__ void finish(const Work<F>& work, Softmax<1>& softmax, float (&o)[1][kNO][4]) {
+    const AttentionParams& p = a_.p;
+    const int lane_col = lane_ % 4;
+    float* lse = p.lse + work.seq.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.seq.offset_q;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row(work) + lane_ / 4 + 8 * h;
+      const float row_lse = softmax.finish(0, h, p.exp2_scale);
+      if (lane_col == 0 && row < work.seq.seqlen_q) lse[row] = row_lse;
+      float scale = softmax.row_sum[0][h] > 0.f ? __fdividef(1.f, softmax.row_sum[0][h]) : 0.f;
+      if constexpr (F::kVariant != Variant::kPlain) scale *= p.dropout.rescale;
+      Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row, work.head);
+      store_row<Element>(out, row < work.seq.seqlen_q, o[0], h, scale, p.head_dim, lane_col);
+    }
+  }
+
+  const ForwardArguments& a_;
+  typename F::Barriers* bars_;
+  const int group_, lane_, warp_;
+  const uint32_t tile_q_;
+  const uint64_t desc_k_, desc_v_;
+  uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
+  std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is
+  Stage<F::kStages> k_{0}, v_{0};
+  Stage<F::kStagesQ> q_{0};
+};
+
+}  // namespace hfp::sm90

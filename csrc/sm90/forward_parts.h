@@ -1,0 +1,126 @@
+// What surrounds the products of the Hopper forward: shapes, and the copies that feed them.
+#pragma once
+
+#include "common/key_blocks.h"
+#include "common/logits.h"
+#include "sm90/schedule.h"
+#include "sm90/tensor_map.h"
+#include "sm90/tile.h"
+
+namespace hfp::sm90 {
+
+// Keys of a block. Where Q is in shared memory, the fewer the more often it is read: 64 rows by 64 keys take all that
+// shared memory delivers. 96 columns and three consumers leave registers for 96 keys, 256 columns leave shared memory
+// for 80, which divides no block of a list and is no number of words of dropout's bits.
+constexpr int keys_of_block(int head_dim, Variant variant, int consumers) {
+  if (head_dim > 128) return variant == Variant::kPlain ? 80 : 64;
+  return head_dim == 96 && consumers == 3 ? 96 : 128;
+}
+
+template <int kHeadDim, Variant kVariant, int kConsumers_>
+struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 32, Q 32
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr int kBlockK = keys_of_block(kHeadDim, kVariant, kConsumers_);
+  static constexpr int kStages = 2;
+  static constexpr bool kQInRegisters = kHeadDim <= 128 && kConsumers == 2;
+  // 2: the next tile's Q arrives while this one is worked on.
+  static constexpr int kStagesQ = kHeadDim <= 128 && !kQInRegisters ? 2 : 1;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+};
+
+template <typename Element_, int kHeadDim_, Variant kVariant_, int kConsumers_>
+struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
+  using Traits = ForwardTraits<kHeadDim_, kVariant_, kConsumers_>;
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr Variant kVariant = kVariant_;
+  static constexpr int kBlockQ = 64 * Traits::kConsumers;
+  static constexpr int kThreads = 128 * (Traits::kConsumers + 1);
+
+  using TileQ = Tile<64, kHeadDim>;  // of one consumer
+  using TileK = Tile<Traits::kBlockK, kHeadDim>;
+  // Block lists are read by the producer alone, which has the time to wait for them: it leaves a note with each block.
+  static constexpr bool kTold = reads_lists(kVariant) && Traits::kConsumers == 2;
+  struct Note {
+    int block;  // -1: the tile sees nothing
+    int bits;
+    int is_last;  // of the tile
+  };
+  struct Barriers {
+    uint64_t q_full[Traits::kStagesQ * Traits::kConsumers], q_empty[Traits::kStagesQ * Traits::kConsumers];
+    uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
+    uint64_t tile_full, tile_empty;
+    int tile;
+    Note note[Traits::kStages];  // with K
+  };
+  static constexpr int kTileBytes =
+      2 * Traits::kStages * TileK::kBytes + Traits::kStagesQ * Traits::kConsumers * TileQ::kBytes;
+  static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
+};
+
+template <class F>
+__device__ TileQueue<typename F::Barriers> tiles_of(const ForwardArguments& a, typename F::Barriers* bars) {
+  return {a.p.tile_counter, a.total, bars};
+}
+
+template <class F>
+__device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q,
+                                        uint32_t tile_k, uint32_t tile_v) {
+  using TileQ = typename F::TileQ;
+  using TileK = typename F::TileK;
+  Stage<F::kStages> k(1), v(1);
+  Stage<F::kStagesQ> q(1);
+  const auto copy = [&](Stage<F::kStages>& stage, uint64_t* full, uint32_t tile, const CUtensorMap* map, int row,
+                        int head, int batch) {
+    const uint32_t bar = smem_address(full + stage.index);
+    barrier_expect(bar, TileK::kBytes);
+    TileK::load(tile + stage.index * TileK::kBytes, map, bar, row, head, batch);
+    stage.next();
+  };
+#pragma unroll 1
+  for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.next(false)) {
+    const Work<F> work(a, queue.tile());
+    if (!work.exists()) continue;
+    const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
+    const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;
+    KeyBlocks<F::kBlockK, F::kTold> blocks(work.mask, work.span, work.row0, work.head);
+    if (!blocks.valid()) {
+      if constexpr (F::kTold) {
+        barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
+        bars->note[k.index].block = -1;
+        barrier_arrive(smem_address(bars->k_full + k.index));
+        k.next();
+      }
+      continue;
+    }
+    const auto load_k = [&] {  // returns which block
+      const typename F::Note note{blocks.block, blocks.bits};
+      blocks.next();
+      barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
+      if (F::kTold) bars->note[k.index] = {note.block, note.bits, !blocks.valid()};
+      copy(k, bars->k_full, tile_k, &a.k, key0 + note.block * F::kBlockK, head_k, batch);
+      return note.block;
+    };
+    int n = load_k();
+#pragma unroll
+    for (int w = 0; w < F::kConsumers; ++w) {
+      const int at = q.index * F::kConsumers + w;
+      barrier_wait(smem_address(bars->q_empty + at), q.parity);
+      const uint32_t bar = smem_address(bars->q_full + at);
+      barrier_expect(bar, TileQ::kBytes);
+      TileQ::load(tile_q + at * TileQ::kBytes, &a.q, bar, query0 + 64 * w, work.head, batch);
+    }
+    q.next();
+#pragma unroll 1
+    for (bool more = true; more;) {
+      const int before = n;
+      more = blocks.valid();
+      if (more) n = load_k();
+      barrier_wait(smem_address(bars->v_empty + v.index), v.parity);
+      copy(v, bars->v_full, tile_v, &a.v, key0 + before * F::kBlockK, head_k, batch);
+    }
+  }
+}
+
+}  // namespace hfp::sm90
