@@ -1,7 +1,9 @@
 """The command `hfp bench`; here the torch engine stands for ours, and a clock for the GPU."""
 
 import itertools
+import sys
 import types
+from collections import namedtuple
 from dataclasses import replace
 from functools import partial
 
@@ -94,8 +96,10 @@ def test_groups():
         "varlen": 6,
         "decode": 20,
         "blocks": 12,
+        "density": 24,
+        "long_sparse": 4,
     }
-    assert len(ALL) == 91 == len({(cell.group, cell.name) for cell in ALL})
+    assert len(ALL) == 119 == len({(cell.group, cell.name) for cell in ALL})
     assert all(cell.group == name for name in GROUPS for cell in cells([name]))
     assert cells(["gqa", "window", "gqa"]) == cells(["gqa"]) + cells(["window"])
 
@@ -468,3 +472,21 @@ def test_what_does_not_parse(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["bench", *wrong])
         assert said in capsys.readouterr().err
+
+
+def test_flash_attn_4_gets_the_blocks(monkeypatch):
+    fields = ["mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx", "block_size"]
+    module = types.ModuleType("flash_attn.cute.block_sparsity")
+    module.BlockSparseTensorsTorch = namedtuple("BlockSparseTensorsTorch", fields)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for parent in ("flash_attn.cute", "flash_attn"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    cell = small("blocks", "dense", seqlen=512, batch=2, density=0.3)
+    options = contestants._block_options(Problem(cell, dtype=torch.bfloat16, device="cpu"))
+    for lists, blocks in zip(options.values(), (cell.blocks, cell.blocks.mT), strict=True):
+        assert lists.block_size == (128, 128)
+        assert not lists.mask_block_cnt.any()
+        for head, row in itertools.product(range(cell.num_heads), range(4)):
+            count = lists.full_block_cnt[0, head, row]
+            seen = lists.full_block_idx[0, head, row, :count].long()
+            assert torch.equal(seen, blocks[head, row].nonzero()[:, 0])

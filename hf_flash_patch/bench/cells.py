@@ -162,7 +162,7 @@ class Cell:
         if self.dropout:
             words.append(f"dropout {self.dropout:g}")
         if self.density:
-            words.append(f"blocks {self.density:.0%}")
+            words.append(f"blocks {100 * self.density:.2g}%")
         if self.ragged:
             words.append("packed" if self.layout == "packed" else "left-padded")
         return " ".join(words)
@@ -262,6 +262,21 @@ def _blocks(group: str) -> Iterator[Cell]:
             yield replace(_dense(group, head_dim, False, seqlen), density=density)
 
 
+def _density(group: str) -> Iterator[Cell]:
+    """Time against density, at lengths up to 128k."""
+    for seqlen in (4096, 16384, 65536, 131072):
+        for density in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0):
+            yield replace(_dense(group, 128, False, seqlen), density=density)
+
+
+def _long_sparse(group: str) -> Iterator[Cell]:
+    """Table 20 of the FlashAttention paper (arXiv 2205.14135): 16 sequences, 8 heads of 64, where
+    each query sees about 256 keys: its own block, and one more."""
+    for seqlen in (1024, 4096, 16384, 65536):
+        density = TILE / seqlen
+        yield Cell(group, "dense", 64, False, seqlen, 16, 8, 8, density=density)
+
+
 GROUPS: dict[str, Callable[[str], Iterator[Cell]]] = {
     "core": _core,
     "head_dims": _head_dims,
@@ -271,4 +286,6 @@ GROUPS: dict[str, Callable[[str], Iterator[Cell]]] = {
     "varlen": _varlen,
     "decode": _decode,
     "blocks": _blocks,
+    "density": _density,
+    "long_sparse": _long_sparse,
 }

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.functional import attention
+from .cells import TILE
 from .problem import Attend, Problem
 
 OURS = "hfp"
@@ -116,21 +117,40 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
             block_mask = create_block_mask(and_masks(*rules), batch, None, seqlen, seqlen, device)
         # One compilation a shape. Without the reset the ninth would silently run uncompiled, and
         # with donated buffers a backward cannot be repeated.
-        torch._dynamo.reset()
         torch._functorch.config.donated_buffer = False
         compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         gqa = cell.num_heads != cell.num_heads_k
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+        ) -> torch.Tensor:
             if cell.layout == "packed":
                 q, k, v = q[None], k[None], v[None]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            out = compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa).transpose(1, 2)
+            out = compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa, **options)
+            out = out.transpose(1, 2)
             return out[0] if cell.layout == "packed" else out
 
-        return attend
+        return partial(attend, kernel_options=_fitting_options(problem, attend))
 
     return str(torch.__version__), bind
+
+
+def _fitting_options(problem: Problem, attend: Callable[..., torch.Tensor]) -> dict[str, int]:
+    """FlexAttention's own choice of stages; with a block mask, which may exceed the GPU's shared
+    memory then, the largest number that its kernels fit with."""
+    torch._dynamo.reset()
+    if not (problem.cell.density and problem.q.is_cuda):
+        return {}
+    for options in ({}, {"num_stages": 2}):
+        try:
+            problem.gradients(attend(problem.q, problem.k, problem.v, kernel_options=options))
+            return options
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+            torch._dynamo.reset()
+    return {"num_stages": 1}
 
 
 def _mask_mods(problem: Problem) -> list[Callable[..., torch.Tensor]]:
@@ -151,7 +171,7 @@ def _mask_mods(problem: Problem) -> list[Callable[..., torch.Tensor]]:
 
 
 def _flash_attn(
-    module: str, distribution: str, *, dropout: bool = False
+    module: str, distribution: str, *, dropout: bool = False, blocks: bool = False
 ) -> tuple[str, Callable[[Problem], Attend]]:
     package = importlib.import_module(module)
     # The package of another generation may own the same top-level name.
@@ -161,16 +181,18 @@ def _flash_attn(
         version = metadata.version(distribution)
     except metadata.PackageNotFoundError:  # Built in place.
         version = "of unknown version"
-    return version, partial(_bind_flash_attn, package, dropout)
+    return version, partial(_bind_flash_attn, package, dropout, blocks)
 
 
-def _bind_flash_attn(package: ModuleType, dropout: bool, problem: Problem) -> Attend:
+def _bind_flash_attn(package: ModuleType, dropout: bool, blocks: bool, problem: Problem) -> Attend:
     cell = problem.cell
     if cell.dropout and not dropout:
         raise Refusal("no dropout")
-    if cell.density:
+    if cell.density and not blocks:
         raise Refusal("no block mask")
     options: dict[str, Any] = {"causal": cell.causal}
+    if cell.density:
+        options |= _block_options(problem)
     if cell.window:
         options["window_size"] = cell.window_size
     if cell.dropout:
@@ -194,6 +216,21 @@ def _bind_flash_attn(package: ModuleType, dropout: bool, problem: Problem) -> At
     return attend
 
 
+def _block_options(problem: Problem) -> dict[str, Any]:
+    """FlashAttention-4's form of a block mask: how many blocks a row has and which, and the same
+    by column for backward; none of them partial."""
+    sparsity = importlib.import_module("flash_attn.cute.block_sparsity")
+
+    def listed(blocks: torch.Tensor) -> Any:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        count = blocks.sum(dim=-1).int()
+        lists = (torch.zeros_like(count), torch.zeros_like(order), count, order)
+        return sparsity.BlockSparseTensorsTorch(*lists, block_size=(TILE, TILE))
+
+    blocks = problem.cell.blocks[None].to(problem.q.device)
+    return {"block_sparse_tensors": listed(blocks), "block_sparse_tensors_bwd": listed(blocks.mT)}
+
+
 def _unpadded(attend: Attend, real: torch.Tensor) -> Attend:
     """Padding is taken out and put back around every call, which is what transformers does."""
 
@@ -211,5 +248,5 @@ PEERS: dict[str, Callable[[], tuple[str, Callable[[Problem], Attend]]]] = {
     "flex": _flex,
     "fa2": partial(_flash_attn, "flash_attn", "flash-attn", dropout=True),
     "fa3": partial(_flash_attn, "flash_attn_interface", "flash-attn-3"),
-    "fa4": partial(_flash_attn, "flash_attn.cute", "flash-attn-4"),
+    "fa4": partial(_flash_attn, "flash_attn.cute", "flash-attn-4", blocks=True),
 }
