@@ -21,6 +21,8 @@ from finetuning import data, model, options, records
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, Trainer, set_seed
 
+from hf_flash_patch.memory import TECHNIQUES
+
 
 def main(arguments: list[str]) -> Trainer:
     """Runs it all, or what is left of it; returns the trainer when done."""
@@ -47,9 +49,6 @@ def main(arguments: list[str]) -> Trainer:
     longest = config.get_text_config().max_position_embeddings
     length = of_data.length or of_model.max_length or longest
     lengths = sorted(of_data.eval_lengths or [length])
-    if patch is not None and training.process_index == 0:
-        print(patch)
-
     masked = model.is_masked(config)
     test_tokens = data.tokens(tokenizer, test)
     mask_token = tokenizer.mask_token_id if masked else None
@@ -58,6 +57,9 @@ def main(arguments: list[str]) -> Trainer:
         for n in lengths
     }
     network = model.with_lora(network, of_model)
+    techniques = [TECHNIQUES[name](network) for name in of_model.memory]
+    if training.process_index == 0:
+        print(*([] if patch is None else [patch]), *techniques, sep="\n")
     rows = data.Rows(data.tokens(tokenizer, train), length, of_data.packing)
     if checkpoint is not None and records.step_of(checkpoint) >= training.max_steps > 0:
         # Trainer would go one step further; with one step an epoch, no epoch is left to begin.

@@ -10,6 +10,8 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_flash_patch.memory import TECHNIQUES
+
 TUNINGS = ("lora", "longlora", "full")
 
 
@@ -46,6 +48,14 @@ class ModelOptions:
     lora_dropout: float = 0.0
     lora_targets: list[str] = field(
         default_factory=list, metadata={"help": "names of layers; by default all of attention"}
+    )
+    memory: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "for longer sequences: loss (in chunks), offload (checkpoints on the host), "
+            "tile (MLPs and norms in tiles)",
+            "choices": list(TECHNIQUES),
+        },
     )
     merge: bool = field(
         default=False, metadata={"help": "at the end, also save the model with its LoRA merged in"}
@@ -132,6 +142,8 @@ def read(arguments: list[str]) -> Options:
     options: Options = parser.parse_args_into_dataclasses(arguments)
     if (options[0].model is None) == (options[0].scratch is None):
         raise SystemExit("Give --model, or --scratch for random weights: one of the two.")
+    if "offload" in options[0].memory and options[2].gradient_checkpointing:
+        raise SystemExit("--gradient_checkpointing would replace --memory offload; give one.")
     return options
 
 

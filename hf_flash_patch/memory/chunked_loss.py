@@ -195,6 +195,7 @@ class LazyLogits(Tensor):
 
     def _cross_entropy(self, target: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
         w, b = self._head
+        _refuse_freed(w)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("size_average", "reduce")}
         kwargs |= {"class_weight": weight, "steps": self._steps}
         return linear_cross_entropy(self._hidden, w, target, b, **kwargs, **self._options)
@@ -236,6 +237,15 @@ def _has_tensors(args: tuple, kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and value.ndim > 0 for value in values)
 
 
+def _refuse_freed(weight: Tensor) -> None:
+    """FSDP frees the weight of a module that it shards by itself when that module has run."""
+    if weight.untyped_storage().nbytes() < weight.nbytes:
+        raise UnsupportedModelError(
+            "chunked_loss: the output layer is sharded by itself, and its weight is gone before "
+            "the loss. Shard it with the whole model, as accelerate's TRANSFORMER_BASED_WRAP does."
+        )
+
+
 def _spares_last(index: Any, ndim: int) -> bool:
     """Whether an index of slices, as of logits[:, :-1], takes the last dimension whole."""
     index = index if isinstance(index, tuple) else (index,)
@@ -257,6 +267,7 @@ def _through(steps: tuple[Step, ...], logits: Tensor) -> Tensor:
 def _computed(value: Any) -> Any:
     if not isinstance(value, LazyLogits):
         return value
+    _refuse_freed(value._head[0])
     return _through(value._steps, F.linear(value._hidden, *value._head))
 
 

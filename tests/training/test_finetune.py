@@ -159,7 +159,7 @@ def _finetune(arguments: list[str]) -> dict[int, float]:
 def test_two_processes(command, tmp_path, fsdp):
     """Equal to one process with twice the batch, and gone on from its middle."""
     expected = _finetune(command("--gradient_accumulation_steps", "2", output="one"))
-    arguments = command("--save_steps", "3")
+    arguments = command("--save_steps", "3", "--memory", "loss", "offload", "tile")
     run(2, _finetune, arguments, fsdp=fsdp)
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     first, second = run(2, _finetune, arguments, fsdp=fsdp)
@@ -185,6 +185,10 @@ class TestOptions:
         [
             ([], "Give --model, or --scratch"),
             (["--model", "a", "--scratch", "{}"], "one of the two"),
+            (
+                ["--model", "a", "--memory", "offload", "--gradient_checkpointing", "true"],
+                "give one",
+            ),
         ],
     )
     def test_one_model(self, arguments, message):
