@@ -108,6 +108,7 @@ class LazyLogits(Tensor):
     _options: dict[str, Any]
 
     @staticmethod
+    @torch.compiler.disable
     def of(
         hidden: Tensor,
         weight: Tensor,

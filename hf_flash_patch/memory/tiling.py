@@ -12,6 +12,7 @@ from torch import Tensor, nn
 TILE = 8192  # tokens; an MLP of width 14336 then takes 0.2 GiB for each of its activations in bf16
 
 
+@torch.compiler.disable
 def tiled(function: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor, tile: int) -> Tensor:
     """`function(x)` with the memory of one tile, forward and backward; gradients summed in fp32.
 
