@@ -21,7 +21,9 @@ from .technique import Technique, changing
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-def offload_checkpoints(model: nn.Module, *, min_bytes: int = 1 << 20) -> Technique:
+def offload_checkpoints(
+    model: nn.Module, *, min_bytes: int = 1 << 20, max_host_bytes: int | None = None
+) -> Technique:
     """Checkpoint every layer, and keep what is stored of it, its input, in pinned host memory.
 
     Device memory for stored hidden states becomes that of about three layers, whatever their
@@ -32,6 +34,9 @@ def offload_checkpoints(model: nn.Module, *, min_bytes: int = 1 << 20) -> Techni
         model: a model of transformers with gradient checkpointing, a PeftModel, or a module around
             one. Leave `gradient_checkpointing` of the Trainer off: it would replace this.
         min_bytes: smaller tensors stay where they are.
+        max_host_bytes: what would need more stays on the device: the last layers' inputs, which
+            the backward wants first. None: there is no limit, and where host memory runs out,
+            Linux kills the process. PyTorch rounds each pinned tensor up to a power of two.
 
     Raises:
         UnsupportedModelError: the model has no gradient checkpointing, or is compiled or sharded.
@@ -43,7 +48,7 @@ def offload_checkpoints(model: nn.Module, *, min_bytes: int = 1 << 20) -> Techni
                 f"{type(root).__name__} has no gradient checkpointing, which offload_checkpoints "
                 "builds on."
             )
-        run = _Offload(min_bytes)
+        run = _Offload(min_bytes, max_host_bytes)
         for layer in layers:
             changes.undo.callback(_set_flags, layer, _flags(layer))
             _set_flags(layer, dict(zip(_FLAGS, (True, run), strict=True)))
@@ -63,13 +68,14 @@ def _set_flags(layer: nn.Module, flags: dict[str, Any]) -> None:
 class _Offload:
     """The checkpointing function of a model's layers."""
 
-    def __init__(self, min_bytes: int):
-        self._min_bytes = min_bytes
+    def __init__(self, min_bytes: int, max_host_bytes: int | None):
+        self._min_bytes, self._max_host_bytes = min_bytes, max_host_bytes
+        self._stored: weakref.WeakSet[_Stored] = weakref.WeakSet()
         self._last: weakref.ref[_Stored] | None = None
         self._streams: dict[torch.device, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> _Offload:
-        return _Offload(self._min_bytes)  # streams cannot be copied
+        return _Offload(self._min_bytes, self._max_host_bytes)  # streams cannot be copied
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         # The hooks see what the checkpoint itself saves, its inputs; in it, its own hooks apply.
@@ -79,6 +85,10 @@ class _Offload:
     def _pack(self, tensor: Tensor) -> _Stored | Tensor:
         if not tensor.is_floating_point() or tensor.nbytes < self._min_bytes:
             return tensor
+        if self._max_host_bytes is not None:
+            held = sum(stored.host_bytes for stored in self._stored)
+            if held + _pinned_bytes(tensor) > self._max_host_bytes:
+                return tensor
         stream = None
         if tensor.device.type != "cpu":
             stream = self._streams.get(tensor.device)
@@ -87,7 +97,13 @@ class _Offload:
                 self._streams[tensor.device] = stream
         stored = _Stored(tensor, self._last, stream)
         self._last = weakref.ref(stored)
+        self._stored.add(stored)
         return stored
+
+
+def _pinned_bytes(tensor: Tensor) -> int:
+    """Host memory that PyTorch's allocator takes for a pinned copy."""
+    return 1 << (tensor.nbytes - 1).bit_length()
 
 
 def _unpack(stored: _Stored | Tensor) -> Tensor:
@@ -105,10 +121,12 @@ class _Stored:
 
     Attributes:
         before: the one that was stored before it, which a backward wants after it.
+        host_bytes: that it takes.
     """
 
     def __init__(self, tensor: Tensor, before: weakref.ref[_Stored] | None, stream: Any):
         self.before, self._stream, self._device = before, stream, tensor.device
+        self.host_bytes = _pinned_bytes(tensor)
         self._back: Tensor | None = None
         self._event: Any = None
         if stream is None:

@@ -52,6 +52,20 @@ def test_a_layer_keeps_only_its_input():
         loss.backward()
 
 
+def test_no_more_host_memory_than_allowed():
+    """Three inputs (2, 24, 32) in fp32 are 6144 bytes each and take 8192 of pinned memory."""
+    model = model_of("llama", num_hidden_layers=5)
+    expected = step(model)
+    with offload_checkpoints(model, min_bytes=0, max_host_bytes=3 * 8192):
+        run = model.model.layers[0]._gradient_checkpointing_func
+        for _ in range(2):  # what the first step stored is gone
+            loss = model(**batch()).loss
+            assert len(run._stored) == 3
+            loss.backward()
+            del loss
+        assert_same_step(step(model), expected)
+
+
 def test_with_lora_and_frozen_embeddings():
     model = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=["q_proj"]))
     expected = step(model)
