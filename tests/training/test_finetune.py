@@ -155,19 +155,22 @@ def _finetune(arguments: list[str]) -> dict[int, float]:
     return records.losses(trainer.state.log_history, "loss")
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes(command, tmp_path, fsdp):
+@pytest.mark.parametrize("kind, tune", [("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "longlora")])
+def test_two_processes(command, tmp_path, kind, tune):
     """Equal to one process with twice the batch, and gone on from its middle."""
-    expected = _finetune(command("--gradient_accumulation_steps", "2", output="one"))
-    arguments = command("--save_steps", "3", "--memory", "loss", "offload", "tile")
-    run(2, _finetune, arguments, fsdp=fsdp)
+    more = ["--tune", tune, "--lora_r", "4", "--learning_rate", "3e-3"]
+    expected = _finetune(command("--gradient_accumulation_steps", "2", *more, output="one"))
+    more += ["--save_steps", "3", "--memory", "loss", "offload", "tile"]
+    arguments = command(*more)
+    run(2, _finetune, arguments, fsdp=kind == "fsdp2")
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    first, second = run(2, _finetune, arguments, fsdp=fsdp)
+    first, second = run(2, _finetune, arguments, fsdp=kind == "fsdp2")
     assert first == second == pytest.approx(expected, rel=1e-5)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    one = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
-    for (name, a), b in zip(model.named_parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    name = "model.safetensors" if tune == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(tmp_path / run / name) for run in ("out", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 class TestOptions:
