@@ -36,8 +36,7 @@ def chunked_loss(model: nn.Module, *, chunk: int = CHUNK, backend: str = "auto")
             compiled or sharded.
         UnsupportedKernelError: the backend is unknown or not installed.
     """
-    if backend != "liger" or torch.cuda.is_available():
-        uses_liger(backend, torch.device("cuda"))
+    uses_liger(backend, torch.device("cuda"))  # raises now if it never could
     with changing(model, "chunked_loss") as (root, changes):
         heads = _heads(root)
         asked = _Asked()

@@ -185,6 +185,14 @@ def test_unknown_or_missing_backends(backend, message, monkeypatch):
         linear_cross_entropy(torch.randn(4, 8), torch.randn(5, 8), torch.arange(4), backend=backend)
 
 
+def test_a_missing_backend_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    model = model_of("llama")
+    with pytest.raises(hfp.UnsupportedKernelError, match="liger-kernel, which is not installed"):
+        chunked_loss(model, backend="liger")
+    assert "forward" not in vars(model.lm_head)
+
+
 def test_arguments_out_of_range():
     tensors = torch.randn(4, 8), torch.randn(5, 8), torch.arange(4)
     with pytest.raises(ValueError, match="reduction='none'"):

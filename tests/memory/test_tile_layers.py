@@ -142,6 +142,19 @@ def test_low_precision():
         assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
 
 
+def test_compiled():
+    """All techniques in a compiled model; each breaks the graph and stays exact."""
+    model = wide("llama", num_hidden_layers=1)
+    hfp.patch(model)
+    expected = step(model)
+    chunked_loss(model, chunk=5)
+    offload_checkpoints(model, min_bytes=0)
+    tile_layers(model, tile=7)
+    loss, found = step(torch.compile(model, backend="aot_eager"))
+    gradients = {name.removeprefix("_orig_mod."): found[name] for name in found}
+    assert_same_step((loss, gradients), expected)
+
+
 def test_evaluation_and_copies():
     model = wide("llama").eval()
     with torch.no_grad():

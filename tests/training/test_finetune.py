@@ -198,6 +198,14 @@ class TestOptions:
         with pytest.raises(SystemExit, match=message):
             options.read(arguments)
 
+    @pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
+    def test_accelerates_configs(self, name):
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        config = load_config_from_file(str(EXAMPLES / "configs" / f"{name}.yaml"))
+        assert config.num_processes == 2 and config.mixed_precision is None
+        assert config.distributed_type == ("FSDP" if "fsdp" in name else "MULTI_GPU")
+
     def test_one_checkpoint_is_not_enough(self):
         with pytest.raises(ValueError, match="save_total_limit=1: it takes 2"):
             options.read(["--model", "a", "--save_total_limit", "1"])
