@@ -31,7 +31,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, logging
 
 import hf_flash_patch as hfp
@@ -58,7 +57,7 @@ SHAPES = {  # of meta-llama/Llama-3.1-8B's config.json
         "vocab_size": 4096,
         "hidden_size": 64,
         "intermediate_size": 256,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
@@ -128,6 +127,8 @@ def build(arguments: Arguments) -> torch.nn.Module:
     with torch.device(arguments.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if arguments.tune == "lora":
+            from peft import LoraConfig, get_peft_model
+
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
             lora = LoraConfig(r=16, target_modules=targets)
             # In bf16: fp32 adapters would keep their inputs in fp32, 4 GiB each at 256k tokens.
@@ -244,7 +245,7 @@ def main(arguments: Arguments) -> list[Row]:
     start = time.monotonic()
     logging.set_verbosity_error()
     if arguments.tiny:
-        arguments.shape, arguments.device, arguments.lengths = "tiny", "cpu", [256, 512]
+        arguments.shape, arguments.device, arguments.lengths = "tiny", "cpu", [128, 256]
         arguments.mask = "sliding_window(64) | global_tokens(8)"
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -29,7 +29,7 @@ def test_every_technique(tmp_path, capsys):
 def test_no_time_and_no_memory(monkeypatch):
     arguments = long_context.Arguments(tiny=True, techniques=["plain", "loss"], budget=0.0)
     rows = long_context.main(arguments)
-    assert [(row.length, row.outcome) for row in rows] == [(256, "no time left")] * 2
+    assert [(row.length, row.outcome) for row in rows] == [(128, "no time left")] * 2
 
     def out_of_memory(device):
         raise long_context.torch.OutOfMemoryError
@@ -37,7 +37,7 @@ def test_no_time_and_no_memory(monkeypatch):
     monkeypatch.setattr(long_context, "check", lambda *_: None)
     monkeypatch.setattr(long_context, "_peak", out_of_memory)
     rows = long_context.main(long_context.Arguments(tiny=True, techniques=["plain"]))
-    assert [(row.length, row.outcome, row.loss) for row in rows] == [(256, "out of memory", None)]
+    assert [(row.length, row.outcome, row.loss) for row in rows] == [(128, "out of memory", None)]
 
 
 def test_a_technique_that_changes_the_loss_is_found_out(monkeypatch):

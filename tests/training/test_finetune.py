@@ -1,10 +1,8 @@
 """examples/finetune.py: from start to end, killed and gone on, on several processes."""
 
 import csv
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -116,33 +114,37 @@ def test_longlora_and_merging(command, corpus, tmp_path):
         torch.testing.assert_close(merged(ids).logits, trained, rtol=1e-4, atol=1e-4)
 
 
+def _to_the_fourth_step(arguments: list[str]) -> None:
+    """The run, which waits in the middle of its fourth optimizer step."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def waits(self, *args):
+        calls.append(step(self, *args))
+        if len(calls) == 4:
+            time.sleep(600)
+
+    torch.optim.AdamW.step = waits
+    finetune.main(arguments)
+
+
 def test_killed_in_the_middle_of_a_step(command, tmp_path):
     """What is lost is the step, and what was half saved; the rest goes on as if nothing was."""
-    finetune.main(command(output="whole"))
-    reset()
     folder = tmp_path / "out"
-    slow = "import sys, time, finetune, torch; real = torch.optim.AdamW.step\n"
-    slow += "def step(self, *args):\n    time.sleep(0.3); return real(self, *args)\n"
-    slow += "torch.optim.AdamW.step = step; finetune.main(sys.argv[1:])"
-    environment = {**os.environ, "PYTHONPATH": f"{EXAMPLES.parent}:{EXAMPLES}"}
-    running = subprocess.Popen(
-        [sys.executable, "-c", slow, *command()],
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    fork = multiprocessing.get_context("fork")
+    running = fork.Process(target=_to_the_fourth_step, args=(command(),))
+    running.start()
     deadline = time.monotonic() + 120
-    while (done := records.last_complete(folder)) is None or not done.name.endswith("-3"):
-        assert running.poll() is None, running.stderr.read().decode()
-        assert time.monotonic() < deadline
+    while (done := records.last_complete(folder)) is None or records.step_of(done) < 3:
+        assert running.is_alive() and time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(0.1)  # into the fourth step
-    running.send_signal(signal.SIGKILL)
-    running.communicate()
+    running.kill()  # SIGKILL
+    running.join()
     assert records.last_complete(folder) == done
     half = folder / "checkpoint-4"
     half.mkdir()
     (half / "trainer_state.json").write_text('{"glob')
+    finetune.main(command(output="whole"))
+    reset()
     trainer = finetune.main(command())
     assert trainer.state.global_step == 6
     assert curve(folder) == curve(tmp_path / "whole")

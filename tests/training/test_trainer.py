@@ -76,9 +76,9 @@ def test_compiled(tmp_path):
 
     curves = []
     for settings in ({}, {"torch_compile_backend": "aot_eager"}):
-        model = model_of("llama")
+        model = model_of("llama", num_hidden_layers=1)
         hfp.patch(model)
-        curves.append(train(model, tmp_path, collator, max_steps=4, **settings))
+        curves.append(train(model, tmp_path, collator, max_steps=3, **settings))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
 
 
