@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> Trainer:
     longest = config.get_text_config().max_position_embeddings
     length = of_data.length or of_model.max_length or longest
     lengths = sorted(of_data.eval_lengths or [length])
+
     masked = model.is_masked(config)
     test_tokens = data.tokens(tokenizer, test)
     mask_token = tokenizer.mask_token_id if masked else None
@@ -85,12 +86,9 @@ def main(arguments: list[str]) -> Trainer:
         records.draw(log, lengths, output / "losses.png")
         if of_model.merge and of_model.tune != "full":
             model.save_merged(of_model, output, output / "merged")
-        first, last = (
-            {n: list(records.losses(log, f"eval_{n}_loss").values())[i] for n in lengths}
-            for i in (0, -1)
-        )
         for n in lengths:
-            print(f"{n:>9,} tokens: loss {first[n]:.4f} before, {last[n]:.4f} after")
+            first, *_, last = 2 * list(records.losses(log, f"eval_{n}_loss").values())
+            print(f"{n:>9,} tokens: loss {first:.4f} before, {last:.4f} after")
         print(f"Figure: {output / 'losses.png'}")
     return trainer
 
