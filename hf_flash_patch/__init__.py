@@ -3,7 +3,7 @@
 Importing the package registers the attention name "hfp" with transformers and touches no model.
 """
 
-from . import masks
+from . import masks, memory
 from .context import extend_context
 from .errors import (
     ContextExtensionError,
@@ -28,6 +28,7 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "masks",
+    "memory",
     "patch",
     "patched",
     "unpatch",

@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "masks": {"errors"},
     "ops": {"errors", "masks"},
     "integration": {"errors", "families", "masks", "ops"},
+    "memory": {"errors", "integration"},
     "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "masks", "ops", "testing"},
     "env": {"__init__", "ops"},
     "cli": {"bench", "context", "env", "masks"},
     "__main__": {"cli"},
-    "__init__": {"context", "errors", "integration", "masks", "ops", "patch"},
+    "__init__": {"context", "errors", "integration", "masks", "memory", "ops", "patch"},
 }
-KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "patch"}
+KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "memory", "patch"}
 
 
 def part_of(path: Path) -> str:

@@ -1,0 +1,95 @@
+"""Which modules of a transformers model work on each token by itself, and tiling them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import UnsupportedModelError
+from .technique import Changes, Technique, changing
+from .tiling import TILE, tiled
+
+_MLP = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
+_NORM = re.compile(r"(RMS|Layer)_?Norm", re.IGNORECASE)
+_CHUNK = "feed_forward_chunk"  # BERT-like layers: intermediate and output in one method
+
+
+def tile_layers(model: nn.Module, *, tile: int = TILE) -> Technique:
+    """Compute the MLPs and norms of a model's layers, and its last norm, tile by tile of tokens.
+
+    Their activations no longer grow with the sequence: the backward recomputes them tile by tile.
+    Where dropout is in an MLP, tiles draw other numbers than the whole would, of the same
+    distribution, and the backward replays them.
+
+    Args:
+        model: a model of transformers, a PeftModel, or a module around one.
+        tile: tokens at a time; shorter sequences are not changed.
+
+    Raises:
+        ValueError: tile is not positive.
+        UnsupportedModelError: no MLP of it is known to work on each token by itself, or it is
+            compiled or sharded.
+    """
+    if tile < 1:
+        raise ValueError(f"tile={tile}; it takes at least one token.")
+    with changing(model, "tile_layers") as (root, changes):
+        layers = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        mlps = norms = 0
+        for layer in layers:
+            mlps += _tile_chunk(layer, tile, changes)
+            for child in layer.children():
+                mlps += _tile(child, _MLP, tile, changes)
+                norms += _tile(child, _NORM, tile, changes)
+        if not mlps:
+            raise UnsupportedModelError(
+                f"{type(root).__name__} has no layers with an MLP that works on each token by "
+                "itself, as far as tile_layers knows (mixtures of experts do not)."
+            )
+        for owner in root.modules():
+            if id(owner) not in inside:  # its norms come after all layers, or before them
+                for child in owner.children():
+                    norms += id(child) not in inside and _tile(child, _NORM, tile, changes)
+    return Technique(
+        "tile_layers", f"{mlps} MLPs and {norms} norms, {tile} tokens at a time", changes
+    )
+
+
+def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes) -> bool:
+    """Tiles a module of a kind, if it takes one tensor; whether it did."""
+    named = getattr(module, "original_module", module)  # below a module that peft trains whole
+    if not kind.search(type(named).__name__) or len(_parameters(type(named).forward)) != 2:
+        return False
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return tiled(lambda part: type(self).forward(self, part), self, x, tile)
+
+    changes.replace(module, "forward", forward)
+    return True
+
+
+def _tile_chunk(layer: nn.Module, tile: int, changes: Changes) -> bool:
+    """Tiles the method in which a BERT-like layer has its MLP; whether there is one."""
+    method: Any = getattr(type(layer), _CHUNK, None)
+    if method is None or len(_parameters(method)) != 2:
+        return False
+
+    def feed_forward_chunk(self: Any, x: Tensor) -> Tensor:
+        owner = nn.ModuleList([self.intermediate, self.output])
+        return tiled(lambda part: method(self, part), owner, x, tile)
+
+    changes.replace(layer, _CHUNK, feed_forward_chunk)
+    return True
+
+
+def _parameters(method: Callable[..., Any]) -> list[str]:
+    """Names of what a method must be given, itself included."""
+    empty = inspect.Parameter.empty
+    given = inspect.signature(method).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in given if p.default is empty and p.kind in kinds]

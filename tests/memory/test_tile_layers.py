@@ -1,0 +1,192 @@
+"""Layers in tiles: the same step, one tile's activations, dropout replayed."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+import hf_flash_patch as hfp
+from hf_flash_patch.memory import chunked_loss, offload_checkpoints, tile_layers
+from hf_flash_patch.memory.tiling import tiled
+from tests.integration.tiny import VOCAB_SIZE
+
+from .conftest import FAMILIES, Largest, assert_same_step, model_of, step
+
+WIDTH = 37  # of the MLPs, and of nothing else
+FOUND = {
+    "llama": "2 MLPs and 5 norms",
+    "gpt2": "2 MLPs and 5 norms",
+    "bert": "2 MLPs and 2 norms",
+    "gemma2": "2 MLPs and 9 norms",
+    "qwen3": "2 MLPs and 5 norms",
+    "olmo2": "2 MLPs and 5 norms",
+    "gpt_neox": "2 MLPs and 5 norms",
+    "phi": "2 MLPs and 3 norms",
+}
+
+
+def wide(family, **more):
+    return model_of(
+        family,
+        FAMILIES.get(family, AutoModelForCausalLM),
+        **({"n_inner": WIDTH} if family == "gpt2" else {"intermediate_size": WIDTH}),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("family", FOUND)
+def test_same_step(family):
+    model = wide(family)
+    expected = step(model)
+    with tile_layers(model, tile=7) as technique, Largest(WIDTH) as largest:
+        assert FOUND[family] in str(technique)
+        actual = step(model)
+    assert_same_step(actual, expected)
+    assert largest.rows <= 32  # weights
+    with Largest(WIDTH) as largest:
+        assert_same_step(step(model), expected)
+    assert largest.rows == 48
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_techniques_at_once(family):
+    """And patched, with LoRA: everything that an example may switch on."""
+    model = wide(family)
+    hfp.patch(model)
+    targets = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"], "bert": "all-linear"}
+    exclude = ["decoder"] if family == "bert" else None
+    config = LoraConfig(r=4, target_modules=targets[family], exclude_modules=exclude)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    expected = step(model)
+    assert expected[1]
+    techniques = [chunked_loss(model, chunk=5), offload_checkpoints(model, min_bytes=0)]
+    techniques.append(tile_layers(model, tile=7))
+    with Largest(VOCAB_SIZE) as largest:
+        assert_same_step(step(model), expected)
+    assert largest.rows <= 32
+    for technique in reversed(techniques):
+        technique.restore()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert_same_step(step(model), expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_dropout_is_replayed(reentrant):
+    """The gradient is that of the loss that was computed: compared with finite differences."""
+    module = torch.nn.Sequential(
+        torch.nn.Linear(6, 9), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(9, 6)
+    ).double()
+    x = torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        torch.manual_seed(5)
+        if reentrant is None:
+            return tiled(module, module, x, 3).square().sum()
+        return (
+            checkpoint(lambda x: tiled(module, module, x, 3), x, use_reentrant=reentrant)
+            .square()
+            .sum()
+        )
+
+    random = torch.get_rng_state()
+    value = loss(x)
+    state = torch.get_rng_state()
+    value.backward()
+    assert torch.equal(torch.get_rng_state(), state) and not torch.equal(random, state)
+    for tensor in (x, *module.parameters()):
+        direction = torch.randn_like(tensor)
+        with torch.no_grad():
+            tensor += 1e-6 * direction
+            slope = (loss(x) - value) / 1e-6
+            tensor -= 1e-6 * direction
+        assert slope.item() == pytest.approx((tensor.grad * direction).sum().item(), rel=1e-3)
+
+
+def test_a_checkpoint_does_not_recompute_the_last_module():
+    module = torch.nn.Linear(6, 6)
+    calls = []
+
+    def counted(x):
+        calls.append(x.shape[1])
+        return module(x)
+
+    x = torch.randn(1, 10, 6, requires_grad=True)
+    out = x + checkpoint(lambda x: x + tiled(counted, module, x * 2, 5), x, use_reentrant=False)
+    out.sum().backward()
+    assert calls == [5, 5, 5, 5]  # forward, backward; a recomputation would make it six
+
+
+def test_low_precision():
+    """Under autocast, and in bf16 whose gradients are summed in fp32."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.SiLU(), torch.nn.Linear(32, 16))
+    x = torch.randn(1, 640, 16)
+
+    def gradient(tile, dtype=torch.float32, autocast=False):
+        owner = copy.deepcopy(module).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            tiled(owner, owner, x.to(dtype), tile).float().square().mean().backward()
+        assert owner[0].weight.grad.dtype == dtype
+        return owner[0].weight.grad.double()
+
+    exact = gradient(640, torch.float64)
+    for setting in ({"dtype": torch.bfloat16}, {"autocast": True}):
+        theirs, ours = (gradient(tile, **setting) for tile in (640, 10))
+        assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
+
+
+def test_compiled():
+    """All techniques in a compiled model; each breaks the graph and stays exact."""
+    model = wide("llama", num_hidden_layers=1)
+    hfp.patch(model)
+    expected = step(model)
+    chunked_loss(model, chunk=5)
+    offload_checkpoints(model, min_bytes=0)
+    tile_layers(model, tile=7)
+    loss, found = step(torch.compile(model, backend="aot_eager"))
+    gradients = {name.removeprefix("_orig_mod."): found[name] for name in found}
+    assert_same_step((loss, gradients), expected)
+
+
+def test_evaluation_and_copies():
+    model = wide("llama").eval()
+    with torch.no_grad():
+        expected = step_loss(model)
+        with tile_layers(model, tile=7):
+            copied = copy.deepcopy(model)
+            torch.testing.assert_close(step_loss(model), expected)
+            model.model.layers[0].mlp.up_proj.weight.zero_()
+            torch.testing.assert_close(step_loss(copied), expected)
+            assert (step_loss(model) - expected).abs() > 1e-6
+
+
+def step_loss(model):
+    from .conftest import batch
+
+    return model(**batch()).loss
+
+
+def test_the_backward_runs_once():
+    module = torch.nn.Linear(4, 4)
+    loss = tiled(module, module, torch.randn(1, 6, 4), 2).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="it can run once"):
+        loss.backward()
+
+
+def test_what_it_is_not_for():
+    with pytest.raises(ValueError, match="tile=0"):
+        tile_layers(model_of("llama"), tile=0)
+    model = model_of("mixtral", AutoModelForCausalLM)
+    with pytest.raises(hfp.UnsupportedModelError, match="MixtralForCausalLM has no layers with an"):
+        tile_layers(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(hfp.UnsupportedModelError, match="has no layers with an MLP"):
+        tile_layers(model)  # as if nothing had been tried

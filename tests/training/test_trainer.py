@@ -1,0 +1,198 @@
+"""A patched model in transformers' Trainer, with peft, packing, compiling, resuming."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+
+import hf_flash_patch as hfp
+
+from .corpus import curve, masked, model_of, padded, train, trainer_of
+from .processes import reset
+
+LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LONGLORA = {**LORA, "modules_to_save": ["embed_tokens", "norm", "input_layernorm"]}
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    reset()
+
+
+def with_adapter(model, **config):
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(**config))
+
+
+def assert_same_curve(ours, theirs, most=0.005):
+    """Mean difference of the losses, relative; and there was something to learn."""
+    assert theirs[-5:].mean() < theirs[:5].mean() - 0.05
+    assert ((ours - theirs).abs() / theirs).mean() <= most
+
+
+RUNS = {
+    "gpt2": ("gpt2", {}, {}),
+    "llama": ("llama", {}, {}),
+    "llama-lora": ("llama", LORA, {"learning_rate": 3e-2}),
+    "llama-longlora": ("llama", LONGLORA, {"learning_rate": 1e-2}),
+    "bert": ("bert", {}, {"learning_rate": 1e-2}),
+    "accumulation": ("llama", {}, {"gradient_accumulation_steps": 2, "max_steps": 15}),
+    "bf16": ("llama", {}, {"bf16": True}),
+    "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
+    "reentrant": (
+        "gpt2",
+        {},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_are_those_of_sdpa(name, tmp_path):
+    """30 steps; the difference is the rounding of fp32 or bf16, far below 0.5%."""
+    family, adapter, settings = RUNS[name]
+    collator = masked if family == "bert" else padded
+    curves = []
+    for patched in (False, True):
+        model = model_of(family)
+        if patched:
+            hfp.patch(model)
+        if adapter:
+            model = with_adapter(model, **adapter)
+        curves.append(train(model, tmp_path, collator, **settings))
+    assert_same_curve(curves[1], curves[0])
+
+
+def test_compiled(tmp_path):
+    """By the Trainer's option; rows of one length, since each length is compiled anew."""
+
+    def collator(rows):
+        return padded([{name: ids[:5] for name, ids in row.items()} for row in rows])
+
+    curves = []
+    for settings in ({}, {"torch_compile_backend": "aot_eager"}):
+        model = model_of("llama", num_hidden_layers=1)
+        hfp.patch(model)
+        curves.append(train(model, tmp_path, collator, max_steps=3, **settings))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
+
+
+def test_packing_is_padding_without_the_padding(tmp_path):
+    """DataCollatorWithFlattening on a patched model, against padded rows under sdpa."""
+    model = model_of("llama")
+    theirs = train(copy.deepcopy(model), tmp_path)
+    hfp.patch(model)
+    for flash_kwargs in (False, True):
+        flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs)
+        ours = train(copy.deepcopy(model), tmp_path, flatten)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_memory_techniques(bf16, tmp_path):
+    """Of hfp.memory, in small chunks and tiles, on packed rows: the same losses."""
+    model = model_of("llama")
+    theirs = train(copy.deepcopy(model), tmp_path, bf16=bf16)
+    hfp.patch(model)
+    hfp.memory.chunked_loss(model, chunk=13)
+    hfp.memory.offload_checkpoints(model, min_bytes=0)
+    hfp.memory.tile_layers(model, tile=17)
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    ours = train(model, tmp_path, flatten, bf16=bf16)
+    torch.testing.assert_close(ours, theirs, rtol=2e-3 if bf16 else 1e-4, atol=0)
+
+
+DROPOUT = {
+    "gpt2": {"attn_pdrop": 0.2, "resid_pdrop": 0.2},
+    "llama": {"attention_dropout": 0.2},
+    "bert": {"attention_probs_dropout_prob": 0.2, "hidden_dropout_prob": 0.2},
+}
+
+
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_is_replayed(family, tmp_path):
+    """Under each kind of checkpoint the numbers drawn, and so the losses, are those without."""
+    curves = []
+    for kind in (None, False, True, "offload", "tile"):
+        model = model_of(family, **DROPOUT[family])
+        hfp.patch(model)
+        settings = {}
+        if isinstance(kind, bool):
+            settings = {"gradient_checkpointing": True}
+            settings |= {"gradient_checkpointing_kwargs": {"use_reentrant": kind}}
+        if kind == "offload":
+            hfp.memory.offload_checkpoints(model, min_bytes=0)
+        if kind == "tile":  # larger than a batch: the order of drawing is the same
+            hfp.memory.tile_layers(model, tile=1000)
+        collator = masked if family == "bert" else padded
+        curves.append(train(model, tmp_path, collator, max_steps=4, **settings))
+    for other in curves[1:]:
+        torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("adapter", [LORA, LONGLORA], ids=["lora", "longlora"])
+def test_stopped_and_gone_on(adapter, tmp_path):
+    """An adapter on an extended model with a mask: resumed, reloaded, merged."""
+
+    def model():
+        base = model_of("llama")
+        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+        return with_adapter(base, **adapter)
+
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    whole = trainer_of(model(), tmp_path, **settings)
+    whole.train()
+    resumed = trainer_of(model(), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert torch.equal(curve(whole), curve(resumed))
+    pairs = zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for (_, a), b in pairs)
+
+    ids = torch.arange(3, 83)[None]
+    with torch.no_grad():
+        expected = resumed.model.eval()(ids).logits
+        resumed.save_model(tmp_path / "adapter")
+        base = model_of("llama").eval()
+        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        torch.testing.assert_close(loaded(ids).logits, expected)
+        merged = loaded.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        report = hfp.patch(stock)  # the mask and the length stand in its config
+        torch.testing.assert_close(stock(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert "sliding_window(16)" in str(report)
+
+
+def test_trl(tmp_path):
+    """SFTTrainer on a patched model."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    from .corpus import documents
+
+    rows = [{"input_ids": row["input_ids"]} for row in documents(48)]
+    curves = []
+    for patched in (False, True):
+        model = model_of("llama")
+        if patched:
+            hfp.patch(model)
+        arguments = trl.SFTConfig(
+            str(tmp_path), max_steps=5, logging_steps=1, use_cpu=True, report_to="none",
+            learning_rate=3e-3, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False,
+        )  # fmt: skip
+        from transformers import ByT5Tokenizer
+
+        trainer = trl.SFTTrainer(
+            model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=ByT5Tokenizer(extra_ids=0),
+        )
+        trainer.train()
+        curves.append(curve(trainer))
+    assert ((curves[1] - curves[0]).abs() / curves[0]).mean() <= 0.005
