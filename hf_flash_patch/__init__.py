@@ -3,11 +3,12 @@
 Importing the package registers the attention name "hfp" with transformers and touches no model.
 """
 
-from . import masks, memory
+from . import masks, memory, parallel
 from .context import extend_context
 from .errors import (
     ContextExtensionError,
     MaskError,
+    ParallelError,
     UnsupportedKernelError,
     UnsupportedModelError,
 )
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ContextExtensionError",
     "MaskError",
+    "ParallelError",
     "Patch",
     "UnsupportedKernelError",
     "UnsupportedModelError",
@@ -29,6 +31,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "masks",
     "memory",
+    "parallel",
     "patch",
     "patched",
     "unpatch",

@@ -15,3 +15,7 @@ class MaskError(ValueError):
 
 class ContextExtensionError(ValueError):
     """A model's maximum context cannot be extended as asked."""
+
+
+class ParallelError(ValueError):
+    """A sequence cannot be shared among processes as asked."""

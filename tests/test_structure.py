@@ -25,13 +25,14 @@ MAY_IMPORT = {
     "ops": {"errors", "masks"},
     "integration": {"errors", "families", "masks", "ops"},
     "memory": {"errors", "integration"},
+    "parallel": {"errors", "masks", "ops"},
     "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "masks", "ops", "testing"},
     "env": {"__init__", "ops"},
     "cli": {"bench", "context", "env", "masks"},
     "__main__": {"cli"},
-    "__init__": {"context", "errors", "integration", "masks", "memory", "ops", "patch"},
+    "__init__": {"context", "errors", "integration", "masks", "memory", "ops", "parallel", "patch"},
 }
 KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "memory", "patch"}
 

@@ -8,18 +8,19 @@ sees no key gives out 0, lse -inf and no gradient.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import MaskError
+from ..errors import MaskError, UnsupportedKernelError
 from ..masks.block_mask import BlockMask
 from ..masks.pattern import Pattern
 from ..masks.top_k import TopKBlocks
 from .arguments import MaskArguments, check_options, check_tensors
 from .backends import resolve_backend
 from .dropout import new_rng_state
-from .library import call_attention
+from .library import call_attention, call_backward
 from .padding import pack_key_padding
 from .torch_blocks import tensors_of
 from .torch_mask import host_readable
@@ -266,10 +267,106 @@ def attention(
         q,
         k,
         v,
+        *_operands(
+            q,
+            k,
+            mask=mask,
+            causal=causal,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            deterministic=deterministic,
+            engine=engine,
+        ),
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    mask: MaskArguments | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `attention` over a part of the keys, for those who put it together of parts.
+
+    Args:
+        dout, dlse: gradients of out and lse; dlse may be None.
+        q, k, v: queries, and the part of the keys, as in `attention`.
+        out, lse: of these queries over all keys.
+        mask, causal, softmax_scale, softcap, deterministic, backend: as `attention` was given them
+            for this part; no dropout.
+
+    Returns:
+        This part's share of q's gradient, and the gradients of k and v; in their dtypes.
+
+    Raises:
+        UnsupportedKernelError, MaskError: as in `attention`; also where the backend is the
+            flash-attn package.
+    """
+    mask = _NO_MASK if mask is None else mask
+    engine, _ = resolve_backend(
+        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=v.shape[-1],
+        attn_bias=mask.attn_bias is not None,
+        block_size=None if mask.block_mask is None else mask.block_mask.block_size,
+    )
+    if engine == "flash_attn":
+        raise UnsupportedKernelError(
+            "the flash-attn package has no backward for a part of the keys; use backend='auto'."
+        )
+    rest = _operands(
+        q,
+        k,
+        mask=mask,
+        causal=causal,
+        window_size=(-1, -1),
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        alibi_slopes=None,
+        dropout_p=0.0,
+        deterministic=deterministic,
+        engine=engine,
+    )
+    with torch.no_grad():
+        return call_backward(dout, dlse, q, k, v, out, lse, *rest)
+
+
+def _operands(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    mask: MaskArguments,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float,
+    softcap: float,
+    alibi_slopes: torch.Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    engine: str,
+) -> tuple[Any, ...]:
+    """What the operator is given after q, k and v."""
+    return (
         _contiguous(mask.cu_seqlens_q),
         _contiguous(mask.cu_seqlens_k),
-        mask.max_seqlen_q if varlen else q.shape[1],
-        mask.max_seqlen_k if varlen else k.shape[1],
+        mask.max_seqlen_q if mask.varlen else q.shape[1],
+        mask.max_seqlen_k if mask.varlen else k.shape[1],
         _contiguous(mask.seqused_k),
         _contiguous(mask.key_range),
         _contiguous(mask.key_bits),
@@ -287,7 +384,6 @@ def attention(
         deterministic,
         engine,
     )
-    return (out, lse) if return_lse else out
 
 
 def _sdpa_causality(

@@ -71,7 +71,6 @@ _ops = getattr(torch.ops, NAMESPACE)
 # Positions in `attention`'s argument list: tensors, but for the two lengths, then numbers.
 _LENGTHS = slice(5, 7)
 _BIAS_AT = 13
-_MASK_TENSORS = _BIAS_AT - _LENGTHS.stop
 _LISTS_AT = slice(_BIAS_AT + 1, _BIAS_AT + 7)
 _SCALARS_AT = _BIAS_AT + 9
 _DETERMINISTIC_AT = _SCALARS_AT + 6
@@ -135,20 +134,38 @@ def _backward(
     none = (None,) * (_SCALARS_AT - 3 + len(ctx.numbers))
     if dout is None and dlse is None:
         return (None, None, None, *none)
-    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *rest = ctx.saved_tensors
-    mask, others = rest[:_MASK_TENSORS], rest[_MASK_TENSORS:]
-    lists = others[1:7]
-    *scalars, deterministic, backend = ctx.numbers
+    out, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, *others = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    tensors = (dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *mask)
+    rest = (cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *others, *ctx.numbers)
+    return (*call_backward(dout, dlse, q, k, v, out, lse, *rest), *none)
+
+
+def call_backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `call_attention(q, k, v, *rest)`, which gave out and lse.
+
+    Or those of a part of its keys: then out and lse are of all keys, q's gradient is this part's
+    share, and those of k and v are whole.
+    """
+    inputs = (q, k, v, *rest)
+    mask, others = inputs[3:_BIAS_AT], inputs[_BIAS_AT:_SCALARS_AT]
+    lists = others[1:7]
+    *scalars, deterministic, backend = inputs[_SCALARS_AT:]
+    tensors = (dout, dlse, q, k, v, out, lse, *mask)
     with nullcontext() if torch.is_grad_enabled() else _BelowAutograd():
         if backend != "cuda":
-            grads = _ops.torch_backward.default(*tensors, *others, *scalars, deterministic)
-        elif lists[0] is None:
-            grads = _ops.cuda_backward.default(*tensors, *scalars, deterministic)
-        else:
-            grads = _ops.cuda_block_backward.default(*tensors, *lists, *scalars, deterministic)
-    return (*grads, *none)
+            return _ops.torch_backward.default(*tensors, *others, *scalars, deterministic)
+        if lists[0] is None:
+            return _ops.cuda_backward.default(*tensors, *scalars, deterministic)
+        return _ops.cuda_block_backward.default(*tensors, *lists, *scalars, deterministic)
 
 
 torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)

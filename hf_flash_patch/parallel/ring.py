@@ -1,0 +1,274 @@
+"""Ring attention in zigzag order: keys and values go round, every process keeps its queries.
+
+Process r has chunks r and 2 n - 1 - r of 2 n. Under a causal mask alone, each step is then one call
+of the same cost everywhere: its own keys causally; the first half of an earlier process's keys for
+all queries; all keys of a later process for the second half of the queries. Under other masks a
+step is a call for each pair of chunks that sees anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from ..errors import MaskError, ParallelError
+from ..masks.block_mask import BlockMask
+from ..masks.part import part_of
+from ..masks.pattern import Pattern
+from ..ops.arguments import MaskArguments, check_tensors
+from ..ops.functional import attention, attention_backward
+from ..ops.padding import pack_key_padding
+from .layout import owned
+
+_ALL = slice(None)
+_seeing: WeakKeyDictionary[BlockMask, bool] = WeakKeyDictionary()
+
+
+def ring_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    block_mask: Pattern | BlockMask | None = None,
+    key_padding_mask: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of a sequence whose tokens n processes share, exact.
+
+    While a process computes with one part of the keys, the next part is on its way. Partial results
+    are put together in fp32, and so are the gradients of k and v, which go round behind them.
+
+    Args:
+        q: (batch, seqlen / n, num_heads, head_dim), this process's tokens in "zigzag" layout (see
+            `shard`).
+        k, v: (batch, seqlen / n, num_heads_k, head_dim).
+        group: the processes, in the order of the ring; None for all.
+        causal, softmax_scale, softcap, deterministic, backend: as in `flash_attn_func`. A window
+            is a pattern: `masks.sliding_window`.
+        block_mask: a pattern or `BlockMask` of the whole sequence. seqlen / (2 n) has to be a
+            multiple of its block size.
+        key_padding_mask: bool (batch, seqlen / n), True where this process's keys are real.
+
+    Returns:
+        (batch, seqlen / n, num_heads, head_dim), this process's part of the output; a query that
+        sees no key gives 0.
+
+    Raises:
+        ParallelError: the shard has an odd number of tokens.
+        UnsupportedKernelError, MaskError: as in `flash_attn_func`.
+
+    Source: Liu et al., Ring Attention (arXiv 2310.01889); zigzag order: Zhu, ring-flash-attention.
+    """
+    check_tensors(q, k, v, varlen=False)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    seqlen = q.shape[1]
+    if seqlen % 2 or k.shape[1] != seqlen:
+        raise ParallelError(
+            f"the shard has {seqlen} queries and {k.shape[1]} keys; zigzag order wants as many, "
+            "and an even number: pad the sequence to a multiple of twice the processes."
+        )
+    if isinstance(block_mask, Pattern):
+        block_mask = block_mask.block_mask(seqlen * size, seqlen * size, q.shape[2], q.device)
+    if block_mask is not None and block_mask.seqlen_q != seqlen * size:
+        raise MaskError(
+            f"block_mask is for {block_mask.seqlen_q} tokens, {size} processes share "
+            f"{seqlen * size}."
+        )
+    if block_mask is not None and seqlen // 2 % block_mask.block_size:
+        raise MaskError(
+            f"chunks of {seqlen // 2} tokens do not lie on blocks of {block_mask.block_size}; pad "
+            f"the sequence to a multiple of {2 * size * block_mask.block_size}."
+        )
+    if key_padding_mask is not None and tuple(key_padding_mask.shape) != tuple(k.shape[:2]):
+        raise MaskError(
+            f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it has to be this "
+            f"process's (batch, seqlen / n) = {tuple(k.shape[:2])}."
+        )
+    options = {"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend}
+    plan = _Plan(rank, size, seqlen // 2, causal, block_mask, options, deterministic)
+    padding = None if key_padding_mask is None else key_padding_mask.bool()
+    return cast(torch.Tensor, _Ring.apply(q, k, v, padding, _Neighbours(group), plan))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Some of this process's queries against some of another's keys."""
+
+    rows: slice
+    keys: slice
+    causal: bool
+    block_mask: BlockMask | None = None
+
+    def options(self, plan: _Plan, padding: torch.Tensor | None) -> dict[str, Any]:
+        mask = MaskArguments(block_mask=self.block_mask)
+        if padding is not None:
+            key_range, key_bits = pack_key_padding(padding[:, self.keys])
+            mask = replace(mask, key_range=key_range, key_bits=key_bits)
+        deterministic = {"deterministic": plan.deterministic}
+        return {"mask": mask, "causal": self.causal, **plan.options, **deterministic}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rank: int
+    size: int
+    chunk: int
+    causal: bool
+    block_mask: BlockMask | None
+    options: dict[str, Any]
+    deterministic: bool
+
+    def calls(self, source: int) -> Iterator[_Call]:
+        """What to compute with the keys of rank `source`."""
+        first, second = slice(0, self.chunk), slice(self.chunk, 2 * self.chunk)
+        if self.block_mask is None:
+            if not self.causal or source == self.rank:
+                yield _Call(_ALL, _ALL, self.causal)
+            elif source < self.rank:
+                yield _Call(_ALL, first, False)
+            else:
+                yield _Call(second, _ALL, False)
+            return
+        for rows, i in zip((first, second), owned(self.rank, self.size, "zigzag"), strict=True):
+            for keys, j in zip((first, second), owned(source, self.size, "zigzag"), strict=True):
+                if self.causal and j > i:
+                    continue
+                part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
+                if _sees_anything(part):
+                    yield _Call(rows, keys, self.causal and i == j, part)
+
+    def _tokens(self, chunk: int) -> slice:
+        return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
+
+
+def _sees_anything(mask: BlockMask) -> bool:
+    """Read from the device once for each mask."""
+    if mask not in _seeing:
+        _seeing[mask] = bool(mask.row_offsets[-1, -1, -1].item())
+    return _seeing[mask]
+
+
+class _Neighbours:
+    """Sends to the next process of the ring, receives from the one before."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        whole = group or dist.group.WORLD
+        assert whole is not None
+        self.group, self.size = group, size
+        self.after = dist.get_global_rank(whole, (rank + 1) % size)
+        self.before = dist.get_global_rank(whole, (rank - 1) % size)
+
+    def pass_on(self, tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[dist.Work]]:
+        """Starts an exchange: what is being received, and what to wait for."""
+        if self.size == 1:
+            return tensors, []
+        received = [torch.empty_like(x) for x in tensors]
+        operations = [dist.P2POp(dist.isend, x, self.after, self.group) for x in tensors]
+        operations += [dist.P2POp(dist.irecv, x, self.before, self.group) for x in received]
+        return received, dist.batch_isend_irecv(operations)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        padding: torch.Tensor | None,
+        neighbours: _Neighbours,
+        plan: _Plan,
+    ) -> torch.Tensor:
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.zeros(q.shape, dtype=exact, device=q.device)
+        shape = (q.shape[0], q.shape[2], q.shape[1])
+        lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
+        for source, keys, mask in _round(k, v, padding, neighbours, plan):
+            for call in plan.calls(source):
+                part, part_lse = attention(
+                    q[:, call.rows],
+                    keys[0][:, call.keys],
+                    keys[1][:, call.keys],
+                    return_lse=True,
+                    **call.options(plan, mask),
+                )
+                _merge(out[:, call.rows], lse[..., call.rows], part, part_lse)
+        result = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, padding, result, lse)
+        ctx.neighbours, ctx.plan = neighbours, plan
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, padding, out, lse = ctx.saved_tensors
+        neighbours, plan = ctx.neighbours, ctx.plan
+        exact = lse.dtype
+        dq = torch.zeros(q.shape, dtype=exact, device=q.device)
+        gradients: list[torch.Tensor] = []  # of the keys that are here
+        for step, (source, keys, mask) in enumerate(_round(k, v, padding, neighbours, plan)):
+            coming, works = neighbours.pass_on(gradients) if step else ([], [])
+            own = [torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v)]
+            for call in plan.calls(source):
+                part_q, part_k, part_v = attention_backward(
+                    dout[:, call.rows],
+                    None,
+                    q[:, call.rows],
+                    keys[0][:, call.keys],
+                    keys[1][:, call.keys],
+                    out[:, call.rows],
+                    lse[..., call.rows].contiguous(),
+                    **call.options(plan, mask),
+                )
+                dq[:, call.rows] += part_q
+                own[0][:, call.keys] += part_k
+                own[1][:, call.keys] += part_v
+            for work in works:
+                work.wait()
+            gradients = [a + b for a, b in zip(own, coming, strict=True)] if coming else own
+        home, works = neighbours.pass_on(gradients)
+        for work in works:
+            work.wait()
+        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
+
+
+def _round(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: torch.Tensor | None,
+    neighbours: _Neighbours,
+    plan: _Plan,
+) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor | None]]:
+    """Each rank's keys and values and their padding, its own first; the next are on their way."""
+    here = [k.contiguous(), v.contiguous()]
+    if padding is not None:
+        here.append(padding.to(torch.uint8).contiguous())
+    for step in range(plan.size):
+        following, works = neighbours.pass_on(here) if step < plan.size - 1 else ([], [])
+        yield (plan.rank - step) % plan.size, here, here[2].bool() if len(here) > 2 else None
+        for work in works:
+            work.wait()
+        here = following
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> None:
+    """Adds a part's softmax to what is there, in place; rows that have seen nothing stay at 0."""
+    both = torch.logaddexp(lse, part_lse)
+    base = both.masked_fill(both == float("-inf"), 0.0)
+    old, new = (
+        (x - base).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse)
+    )  # (batch, seqlen, num_heads, 1)
+    out.mul_(old).add_(part * new)
+    lse.copy_(both)
