@@ -23,11 +23,13 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..errors import ParallelError
 from ..masks.block_mask import BlockMask
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
 from . import packing
 from .patterns import Pattern, read_mask_function
+from .sharing import WholeSequence, whole_sequence
 
 _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
@@ -50,7 +52,7 @@ class AttentionMask:
         q_start, k_start: positions of the first query (a tensor of one element where only the
             device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
         block_mask: lists of blocks, or None.
-        combined: this mask under patterns, by pattern; see `sparse.with_pattern`.
+        combined: this mask under patterns, by pattern, and as lists; see `sparse.under`.
     """
 
     batch_size: int
@@ -68,7 +70,7 @@ class AttentionMask:
     q_start: int | torch.Tensor | None = None
     k_start: int = 0
     block_mask: BlockMask | None = None
-    combined: dict[Any, AttentionMask] = field(default_factory=dict, repr=False)
+    combined: dict[Any, Any] = field(default_factory=dict, repr=False)
     _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # What transformers and accelerate ask of a mask they did not make.
@@ -225,10 +227,36 @@ def hfp_mask(
     }
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     pattern = _read(request, local_size, bidirectional, config)
+    sequence = whole_sequence()
+    if sequence is not None:
+        return _shared(pattern, request, sequence)
     mask = None if pattern is None else _compact(pattern, request)
     if mask is not None:
         return mask
     return _materialised(request)
+
+
+def _shared(
+    pattern: Pattern | None, request: dict[str, Any], sequence: WholeSequence
+) -> AttentionMask:
+    """The mask of a whole sequence, from a process's request for its own tokens."""
+    own = request["q_length"]
+    square = (request["kv_length"], request["q_offset"], request["kv_offset"]) == (own, 0, 0)
+    if not square or own * sequence.processes != sequence.seqlen:
+        raise ParallelError(
+            f"attention of {own} queries to {request['kv_length']} keys, where "
+            f"{sequence.processes} processes share {sequence.seqlen} tokens: only self-attention "
+            "without a cache can be shared."
+        )
+    if pattern is None or pattern.documents is not None or pattern.chunk_size:
+        raise ParallelError(
+            "the model's mask is a function of its own tokens' contents or chunks, which says "
+            "nothing about the whole sequence."
+        )
+    size = {"q_length": sequence.seqlen, "kv_length": sequence.seqlen}
+    mask = _compact(pattern, {**request, **size, "attention_mask": sequence.key_padding})
+    assert mask is not None  # a square request always has a compact form
+    return replace(mask, doc_range=sequence.doc_range)
 
 
 def _materialised(request: dict[str, Any]) -> AttentionMask:

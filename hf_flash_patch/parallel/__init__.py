@@ -1,7 +1,15 @@
 """Attention over sequences that several processes share; see docs/parallel.md."""
 
 from .layout import shard, unshard
+from .model import SequenceParallel, sequence_parallel
 from .ring import ring_attention
 from .ulysses import ulysses_attention
 
-__all__ = ["ring_attention", "shard", "ulysses_attention", "unshard"]
+__all__ = [
+    "SequenceParallel",
+    "ring_attention",
+    "sequence_parallel",
+    "shard",
+    "ulysses_attention",
+    "unshard",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from ..masks.block_mask import BlockMask
 from ..masks.part import part_of
 from ..masks.pattern import Pattern
 from ..ops.arguments import MaskArguments, check_tensors
-from ..ops.functional import attention, attention_backward
+from ..ops.functional import Output, attention, attention_backward
 from ..ops.padding import pack_key_padding
 from .layout import owned
 
@@ -42,7 +42,8 @@ def ring_attention(
     block_mask: Pattern | BlockMask | None = None,
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> Output:
     """Attention of a sequence whose tokens n processes share, exact.
 
     While a process computes with one part of the keys, the next part is on its way. Partial results
@@ -53,15 +54,15 @@ def ring_attention(
             `shard`).
         k, v: (batch, seqlen / n, num_heads_k, head_dim).
         group: the processes, in the order of the ring; None for all.
-        causal, softmax_scale, softcap, deterministic, backend: as in `flash_attn_func`. A window
-            is a pattern: `masks.sliding_window`.
+        causal, softmax_scale, softcap, deterministic, backend, return_lse: as in
+            `flash_attn_func`. A window is a pattern: `masks.sliding_window`.
         block_mask: a pattern or `BlockMask` of the whole sequence. seqlen / (2 n) has to be a
             multiple of its block size.
         key_padding_mask: bool (batch, seqlen / n), True where this process's keys are real.
 
     Returns:
         (batch, seqlen / n, num_heads, head_dim), this process's part of the output; a query that
-        sees no key gives 0.
+        sees no key gives 0. With return_lse also lse, fp32 (batch, num_heads, seqlen / n).
 
     Raises:
         ParallelError: the shard has an odd number of tokens.
@@ -97,7 +98,8 @@ def ring_attention(
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend}
     plan = _Plan(rank, size, seqlen // 2, causal, block_mask, options, deterministic)
     padding = None if key_padding_mask is None else key_padding_mask.bool()
-    return cast(torch.Tensor, _Ring.apply(q, k, v, padding, _Neighbours(group), plan))
+    out, lse = _Ring.apply(q, k, v, padding, _Neighbours(group), plan)  # type: ignore[misc]
+    return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ class _Ring(torch.autograd.Function):
         padding: torch.Tensor | None,
         neighbours: _Neighbours,
         plan: _Plan,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = torch.zeros(q.shape, dtype=exact, device=q.device)
         shape = (q.shape[0], q.shape[2], q.shape[1])
@@ -207,11 +210,14 @@ class _Ring(torch.autograd.Function):
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, padding, result, lse)
         ctx.neighbours, ctx.plan = neighbours, plan
-        return result
+        return result, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, padding, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
         neighbours, plan = ctx.neighbours, ctx.plan
         exact = lse.dtype
         dq = torch.zeros(q.shape, dtype=exact, device=q.device)
@@ -222,7 +228,7 @@ class _Ring(torch.autograd.Function):
             for call in plan.calls(source):
                 part_q, part_k, part_v = attention_backward(
                     dout[:, call.rows],
-                    None,
+                    None if dlse is None else dlse[..., call.rows].contiguous(),
                     q[:, call.rows],
                     keys[0][:, call.keys],
                     keys[1][:, call.keys],
