@@ -53,8 +53,6 @@ class Loss:
         if batch is None or batch.labels is None or output is None:
             return output
         loss = output[0] if isinstance(output, tuple) else output.loss
-        if self._called and batch.num_items is not None:
-            return output  # a share of the sum
         if not self._called:
             if self._causal:
                 raise ParallelError(
@@ -62,9 +60,11 @@ class Loss:
                     "process's; only losses of transformers' loss_function can be shared."
                 )
             items = (batch.labels != IGNORED).sum()
-            share = items / self._groups.reduce(items.clone())
-            loss = torch.where(items > 0, loss * share, 0.0)
-        loss = cast(torch.Tensor, _Total.apply(loss, self._groups))
+            whole = batch.num_items
+            whole = self._groups.reduce(items.clone()) if whole is None else whole
+            loss = torch.where(items > 0, loss * (items / whole), 0.0)
+        if batch.num_items is None:
+            loss = cast(torch.Tensor, _Total.apply(loss, self._groups))
         if isinstance(output, tuple):
             return (loss, *output[1:])
         output.loss = loss
