@@ -25,6 +25,8 @@ from .batch import Batch, divided
 from .groups import Group, Groups, groups_of
 from .loss import Loss
 
+BLOCK_SIZE = 128  # of lists; a ring's chunks have to lie on blocks
+
 _shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -104,10 +106,13 @@ class SequenceParallel:
 
     Attributes:
         groups: the processes.
+        multiple: tokens; a batch whose length is a multiple of this always divides. A ring can do
+            with less where there is no mask but causality and padding: groups.unit.
     """
 
     def __init__(self, root: PreTrainedModel, modules: list[nn.Module], groups: Groups):
         self.groups = groups
+        self.multiple = groups.unit * (1 if groups.ring is None else BLOCK_SIZE)
         self._root, self._modules = weakref.ref(root), [weakref.ref(m) for m in modules]
         self._batch: Batch | None = None
         self._loss = Loss(root, groups)

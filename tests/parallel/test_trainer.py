@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
 
 import hf_flash_patch as hfp
 from hf_flash_patch.errors import ParallelError
@@ -57,7 +58,22 @@ def learn(name, folder, processes=1, method="auto"):
     return corpus.curve(trainer).tolist(), trainer.evaluate(rows)["eval_loss"]
 
 
+def by_hand(processes=2):
+    """The first loss of a loop of one's own, with accelerate."""
+    model = corpus.model_of("llama")
+    hfp.patch(model)
+    batch = of_length(corpus.padded)(corpus.documents(4))
+    if processes > 1:
+        accelerator = Accelerator(parallelism_config=ParallelismConfig(cp_size=processes))
+        hfp.parallel.share_in_accelerator(accelerator, model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, _ = accelerator.prepare(model, optimizer)
+    return model(**batch).loss.item()
+
+
 def check(folder):
+    assert by_hand() == pytest.approx(by_hand(processes=1), rel=1e-5)
+    AcceleratorState._reset_state()
     found = []
     for name, method in (("llama", "ring"), ("llama", "ulysses"), ("gpt2", "auto")):
         found.append(learn(name, folder, processes=2, method=method))
