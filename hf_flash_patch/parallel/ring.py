@@ -194,9 +194,7 @@ class _Ring(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.zeros(q.shape, dtype=exact, device=q.device)
-        shape = (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
+        total: tuple[torch.Tensor, torch.Tensor] | None = None
         for source, keys, mask in _round(k, v, padding, neighbours, plan):
             for call in plan.calls(source):
                 part, part_lse = attention(
@@ -206,7 +204,8 @@ class _Ring(torch.autograd.Function):
                     return_lse=True,
                     **call.options(plan, mask),
                 )
-                _merge(out[:, call.rows], lse[..., call.rows], part, part_lse)
+                total = _merge(total, call.rows, part, part_lse, q, exact)
+        out, lse = _nothing(q, exact) if total is None else total
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, padding, result, lse)
         ctx.neighbours, ctx.plan = neighbours, plan
@@ -220,13 +219,13 @@ class _Ring(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         neighbours, plan = ctx.neighbours, ctx.plan
         exact = lse.dtype
-        dq = torch.zeros(q.shape, dtype=exact, device=q.device)
+        dq: torch.Tensor | None = None
         gradients: list[torch.Tensor] = []  # of the keys that are here
         for step, (source, keys, mask) in enumerate(_round(k, v, padding, neighbours, plan)):
             coming, works = neighbours.pass_on(gradients) if step else ([], [])
-            own = [torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v)]
+            own: list[torch.Tensor | None] = [None, None]
             for call in plan.calls(source):
-                part_q, part_k, part_v = attention_backward(
+                part_q, *parts = attention_backward(
                     dout[:, call.rows],
                     None if dlse is None else dlse[..., call.rows].contiguous(),
                     q[:, call.rows],
@@ -236,15 +235,21 @@ class _Ring(torch.autograd.Function):
                     lse[..., call.rows].contiguous(),
                     **call.options(plan, mask),
                 )
-                dq[:, call.rows] += part_q
-                own[0][:, call.keys] += part_k
-                own[1][:, call.keys] += part_v
+                dq = _add(dq, call.rows, part_q, q, exact)
+                own = [
+                    _add(total, call.keys, part, like, exact)
+                    for total, part, like in zip(own, parts, (k, v), strict=True)
+                ]
             for work in works:
                 work.wait()
-            gradients = [a + b for a, b in zip(own, coming, strict=True)] if coming else own
+            for i, (total, like) in enumerate(zip(own, (k, v), strict=True)):
+                here = _zeros(like, exact) if total is None else total
+                own[i] = here.add_(coming[i]) if coming else here
+            gradients = [x for x in own if x is not None]
         home, works = neighbours.pass_on(gradients)
         for work in works:
             work.wait()
+        dq = torch.zeros_like(q) if dq is None else dq
         return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
 
 
@@ -267,14 +272,50 @@ def _round(
         here = following
 
 
+def _nothing(q: torch.Tensor, exact: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of queries that have seen nothing yet."""
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
+    return _zeros(q, exact), lse
+
+
+def _zeros(like: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=exact, device=like.device)  # contiguous, unlike zeros_like
+
+
 def _merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> None:
+    total: tuple[torch.Tensor, torch.Tensor] | None,
+    rows: slice,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    q: torch.Tensor,
+    exact: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds a part's softmax to what is there, in place; rows that have seen nothing stay at 0."""
+    if total is None and rows == _ALL:
+        return part.to(exact), part_lse.to(exact)
+    total = _nothing(q, exact) if total is None else total
+    out, lse = total[0][:, rows], total[1][..., rows]
     both = torch.logaddexp(lse, part_lse)
     base = both.masked_fill(both == float("-inf"), 0.0)
     old, new = (
         (x - base).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse)
     )  # (batch, seqlen, num_heads, 1)
-    out.mul_(old).add_(part * new)
+    out.mul_(old).addcmul_(part, new)
     lse.copy_(both)
+    return total
+
+
+def _add(
+    total: torch.Tensor | None,
+    tokens: slice,
+    part: torch.Tensor,
+    like: torch.Tensor,
+    exact: torch.dtype,
+) -> torch.Tensor:
+    """A part's gradient added to what is there, in place."""
+    if total is None and tokens == _ALL:
+        return part.to(exact).contiguous()  # it will be sent
+    total = _zeros(like, exact) if total is None else total
+    total[:, tokens] += part
+    return total

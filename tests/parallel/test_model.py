@@ -124,8 +124,8 @@ def check_cases():
     failed = []
     for case in CASES:
         for method in CASES[case][-1]:
-            if method == "both" and size == 2:
-                continue
+            if (method == "both") != (size == 4) and (size == 2 or case != "padded"):
+                continue  # four are slow on two cores, and two make no ring of those
             try:
                 model, inputs = model_of(case)
                 expected, gradients = loss_and_gradients(model, inputs)
