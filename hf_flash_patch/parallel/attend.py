@@ -19,12 +19,14 @@ from ..masks.tokens import sliding_window
 from ..masks.top_k import TopKBlocks
 from ..ops.functional import attention
 from .groups import Groups
+from .layout import Layout
 from .ring import ring_attention
 from .ulysses import own_heads, to_heads, to_tokens
 
 
 def attend(
     groups: Groups,
+    layout: Layout,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -52,7 +54,7 @@ def attend(
         if sinks is not None:
             sinks = sinks.chunk(groups.ulysses_size)[torch.distributed.get_rank(groups.ulysses)]
     if groups.ring is not None:
-        call = _by_ring(groups, mask, pattern, num_heads, options)
+        call = _by_ring(groups, layout, mask, pattern, num_heads, options)
     else:
         if isinstance(pattern, TopKBlocks):  # by this process's heads, whose tokens are all here
             mask = with_pattern(mask, pattern, q.transpose(1, 2), k.transpose(1, 2))
@@ -68,6 +70,7 @@ def attend(
 
 def _by_ring(
     groups: Groups,
+    layout: Layout,
     mask: AttentionMask,
     pattern: Pattern | None,
     num_heads: int,
@@ -91,7 +94,8 @@ def _by_ring(
         group=groups.ring,
         causal=mask.causal,
         block_mask=lists,
-        key_padding_mask=None if padding is None else groups.ring_shard(padding),
+        key_padding_mask=None if padding is None else groups.ring_shard(padding, layout=layout),
+        layout=layout,
         **{name: value for name, value in options.items() if name != "dropout_p"},
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..families import family_of
 from ..integration import packing
 from ..integration.sharing import WholeSequence
 from .groups import Groups
+from .layout import Layout
 
 IGNORED = -100
 _DIVIDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
@@ -46,13 +48,18 @@ class Batch:
 
 
 def divided(
-    root: PreTrainedModel, groups: Groups, args: tuple[Any, ...], kwargs: dict[str, Any]
+    root: PreTrainedModel,
+    groups: Groups,
+    layout: Callable[[int], Layout],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Batch, dict[str, Any]]:
     """What of a call's arguments is this process's.
 
     Args:
         root: the model that is called.
         groups: the processes that share the call's sequences.
+        layout: of so many tokens.
         args, kwargs: of the call, whole and equal on every process.
 
     Returns:
@@ -83,7 +90,7 @@ def divided(
         tensors["attention_mask"] = tokens.new_ones(shape, dtype=torch.long)
     if "labels" in tensors and "shift_labels" not in tensors:
         tensors["shift_labels"] = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED)
-    parts = {name: groups.shard(tensor) for name, tensor in tensors.items()}
+    parts = {n: groups.shard(tensor, layout=layout(seqlen)) for n, tensor in tensors.items()}
 
     sequence = WholeSequence(seqlen, groups.size, padding, documents)
     shift_labels = parts.pop("shift_labels", None)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ParallelError
-from .layout import shard, unshard
+from .layout import Layout, shard, unshard
 from .ulysses import check_heads
 
 METHODS = ("auto", "ring", "ulysses", "both")
@@ -21,8 +21,8 @@ Group = dist.ProcessGroup | DeviceMesh | None
 class Groups:
     """Process r * u + i of r rings of u that exchange heads is i-th of its u, and r-th of its ring.
 
-    The sequence is divided among the ring's places in zigzag order; the tokens of a place among
-    its u processes, in order.
+    The sequence is divided among the ring's places by a layout; the tokens of a place among its u
+    processes, in order.
 
     Attributes:
         ring, ulysses: this process's; one of them may be None.
@@ -51,22 +51,26 @@ class Groups:
         """What a sequence's length has to be a multiple of."""
         return self.size * (1 if self.ring is None else 2)
 
-    def shard(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    def shard(self, tensor: torch.Tensor, dim: int = 1, layout: Layout = "zigzag") -> torch.Tensor:
         """This process's tokens of a tensor that has all of them along `dim`."""
-        tensor = self.ring_shard(tensor, dim)
+        tensor = self.ring_shard(tensor, dim, layout)
         if self.ulysses is not None:
             tensor = shard(tensor, self.ulysses, dim=dim, layout="contiguous")
         return tensor
 
-    def ring_shard(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    def ring_shard(
+        self, tensor: torch.Tensor, dim: int = 1, layout: Layout = "zigzag"
+    ) -> torch.Tensor:
         """The tokens of this process's place in the ring."""
-        return tensor if self.ring is None else shard(tensor, self.ring, dim=dim)
+        return tensor if self.ring is None else shard(tensor, self.ring, dim=dim, layout=layout)
 
-    def unshard(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    def unshard(
+        self, tensor: torch.Tensor, dim: int = 1, layout: Layout = "zigzag"
+    ) -> torch.Tensor:
         """The way back of `shard`, without a gradient."""
         if self.ulysses is not None:
             tensor = unshard(tensor, self.ulysses, dim=dim, layout="contiguous")
-        return tensor if self.ring is None else unshard(tensor, self.ring, dim=dim)
+        return tensor if self.ring is None else unshard(tensor, self.ring, dim=dim, layout=layout)
 
     def reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """Of the tensors of all processes that share a sequence; in place."""

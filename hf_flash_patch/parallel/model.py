@@ -21,11 +21,11 @@ from ..integration.survey import calls_us, pretrained_roots, survey
 from ..integration.wrappers import compiled_or_sharded
 from ..masks.pattern import Pattern
 from .attend import attend
-from .batch import Batch, divided
+from .batch import divided
+from .costs import BLOCK_SIZE, Costs
 from .groups import Group, Groups, groups_of
+from .layout import Layout, balanced
 from .loss import Loss
-
-BLOCK_SIZE = 128  # of lists; a ring's chunks have to lie on blocks
 
 _shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -114,7 +114,8 @@ class SequenceParallel:
         self.groups = groups
         self.multiple = groups.unit * (1 if groups.ring is None else BLOCK_SIZE)
         self._root, self._modules = weakref.ref(root), [weakref.ref(m) for m in modules]
-        self._batch: Batch | None = None
+        self._costs = Costs(root, modules)
+        self._layouts: dict[int, Layout] = {}
         self._loss = Loss(root, groups)
         with contextlib.ExitStack() as undo:
             for module in modules:
@@ -141,7 +142,7 @@ class SequenceParallel:
         Raises:
             ParallelError: the sequence does not divide.
         """
-        return self.groups.shard(tensor, dim)
+        return self.groups.shard(tensor, dim, self._layout(tensor.shape[dim]))
 
     def unshard(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """The whole of what each process has its tokens of (logits, say), without a gradient.
@@ -150,7 +151,19 @@ class SequenceParallel:
             tensor: this process's, of one shape everywhere.
             dim: of the sequence.
         """
-        return self.groups.unshard(tensor, dim)
+        layout = self._layout(tensor.shape[dim] * self.groups.size)
+        return self.groups.unshard(tensor, dim, layout)
+
+    def _layout(self, seqlen: int) -> Layout:
+        """Which tokens a process has: where patterns make costs uneven, by these."""
+        if seqlen not in self._layouts:
+            chunks = 2 * self.groups.ring_size
+            layout: Layout = "zigzag"
+            if self.groups.ring is not None and seqlen % (chunks * BLOCK_SIZE) == 0:
+                cost = self._costs.of_chunks(seqlen, chunks)
+                layout = "zigzag" if cost is None else balanced(cost, self.groups.ring_size)
+            self._layouts[seqlen] = layout
+        return self._layouts[seqlen]
 
     @torch.compiler.disable
     def attend(
@@ -164,7 +177,8 @@ class SequenceParallel:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of this process's part; see `integration.sharing.Share`."""
-        return attend(self.groups, query, key, value, mask, pattern, options, sinks)
+        layout = self._layout(mask.seqlen_q)
+        return attend(self.groups, layout, query, key, value, mask, pattern, options, sinks)
 
     @torch.compiler.disable
     def _enter(
@@ -177,7 +191,7 @@ class SequenceParallel:
                     f"{type(module).__name__} no longer calls us, and would see a part of the "
                     "sequence only: restore() this before the patch."
                 )
-        batch, kwargs = divided(root, self.groups, args, kwargs)
+        batch, kwargs = divided(root, self.groups, self._layout, args, kwargs)
         self._loss.begin(batch)
         set_whole_sequence(batch.sequence)
         return (), kwargs

@@ -2,8 +2,8 @@
 
 Process r has chunks r and 2 n - 1 - r of 2 n. Under a causal mask alone, each step is then one call
 of the same cost everywhere: its own keys causally; the first half of an earlier process's keys for
-all queries; all keys of a later process for the second half of the queries. Under other masks a
-step is a call for each pair of chunks that sees anything.
+all queries; all keys of a later process for the second half of the queries. Under other masks, and
+in other layouts, a step is a call for each pair of chunks that sees anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..masks.pattern import Pattern
 from ..ops.arguments import MaskArguments, check_tensors
 from ..ops.functional import Output, attention, attention_backward
 from ..ops.padding import pack_key_padding
-from .layout import owned
+from .layout import Layout, owned
 
 _ALL = slice(None)
 _seeing: WeakKeyDictionary[BlockMask, bool] = WeakKeyDictionary()
@@ -43,6 +43,7 @@ def ring_attention(
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    layout: Layout = "zigzag",
 ) -> Output:
     """Attention of a sequence whose tokens n processes share, exact.
 
@@ -50,22 +51,22 @@ def ring_attention(
     are put together in fp32, and so are the gradients of k and v, which go round behind them.
 
     Args:
-        q: (batch, seqlen / n, num_heads, head_dim), this process's tokens in "zigzag" layout (see
-            `shard`).
+        q: (batch, seqlen / n, num_heads, head_dim), this process's tokens (see `shard`).
         k, v: (batch, seqlen / n, num_heads_k, head_dim).
         group: the processes, in the order of the ring; None for all.
         causal, softmax_scale, softcap, deterministic, backend, return_lse: as in
             `flash_attn_func`. A window is a pattern: `masks.sliding_window`.
-        block_mask: a pattern or `BlockMask` of the whole sequence. seqlen / (2 n) has to be a
-            multiple of its block size.
+        block_mask: a pattern or `BlockMask` of the whole sequence. A chunk, in "zigzag" layout
+            seqlen / (2 n), has to be a multiple of its block size.
         key_padding_mask: bool (batch, seqlen / n), True where this process's keys are real.
+        layout: what `shard` was given.
 
     Returns:
         (batch, seqlen / n, num_heads, head_dim), this process's part of the output; a query that
         sees no key gives 0. With return_lse also lse, fp32 (batch, num_heads, seqlen / n).
 
     Raises:
-        ParallelError: the shard has an odd number of tokens.
+        ParallelError: the shard does not divide into chunks.
         UnsupportedKernelError, MaskError: as in `flash_attn_func`.
 
     Source: Liu et al., Ring Attention (arXiv 2310.01889); zigzag order: Zhu, ring-flash-attention.
@@ -73,11 +74,14 @@ def ring_attention(
     check_tensors(q, k, v, varlen=False)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seqlen = q.shape[1]
-    if seqlen % 2 or k.shape[1] != seqlen:
+    chunks = tuple(owned(place, size, layout) for place in range(size))
+    each = len(chunks[rank])
+    if seqlen % each or k.shape[1] != seqlen:
         raise ParallelError(
-            f"the shard has {seqlen} queries and {k.shape[1]} keys; zigzag order wants as many, "
-            "and an even number: pad the sequence to a multiple of twice the processes."
+            f"the shard has {seqlen} queries and {k.shape[1]} keys; a ring wants as many, in "
+            f"{each} equal chunks: pad the sequence to a multiple of {each * size}."
         )
+    chunk = seqlen // each
     if isinstance(block_mask, Pattern):
         block_mask = block_mask.block_mask(seqlen * size, seqlen * size, q.shape[2], q.device)
     if block_mask is not None and block_mask.seqlen_q != seqlen * size:
@@ -85,10 +89,10 @@ def ring_attention(
             f"block_mask is for {block_mask.seqlen_q} tokens, {size} processes share "
             f"{seqlen * size}."
         )
-    if block_mask is not None and seqlen // 2 % block_mask.block_size:
+    if block_mask is not None and chunk % block_mask.block_size:
         raise MaskError(
-            f"chunks of {seqlen // 2} tokens do not lie on blocks of {block_mask.block_size}; pad "
-            f"the sequence to a multiple of {2 * size * block_mask.block_size}."
+            f"chunks of {chunk} tokens do not lie on blocks of {block_mask.block_size}; pad the "
+            f"sequence to a multiple of {each * size * block_mask.block_size}."
         )
     if key_padding_mask is not None and tuple(key_padding_mask.shape) != tuple(k.shape[:2]):
         raise MaskError(
@@ -96,7 +100,7 @@ def ring_attention(
             f"process's (batch, seqlen / n) = {tuple(k.shape[:2])}."
         )
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend}
-    plan = _Plan(rank, size, seqlen // 2, causal, block_mask, options, deterministic)
+    plan = _Plan(rank, chunks, chunk, causal, block_mask, options, deterministic)
     padding = None if key_padding_mask is None else key_padding_mask.bool()
     out, lse = _Ring.apply(q, k, v, padding, _Neighbours(group), plan)  # type: ignore[misc]
     return (out, lse) if return_lse else out
@@ -123,31 +127,46 @@ class _Call:
 @dataclass(frozen=True)
 class _Plan:
     rank: int
-    size: int
-    chunk: int
+    chunks: tuple[tuple[int, ...], ...]  # numbers, by rank
+    chunk: int  # tokens
     causal: bool
     block_mask: BlockMask | None
     options: dict[str, Any]
     deterministic: bool
 
+    @property
+    def size(self) -> int:
+        return len(self.chunks)
+
     def calls(self, source: int) -> Iterator[_Call]:
         """What to compute with the keys of rank `source`."""
-        first, second = slice(0, self.chunk), slice(self.chunk, 2 * self.chunk)
-        if self.block_mask is None:
-            if not self.causal or source == self.rank:
-                yield _Call(_ALL, _ALL, self.causal)
+        zigzag = all(
+            own == owned(rank, self.size, "zigzag") for rank, own in enumerate(self.chunks)
+        )
+        if self.block_mask is None and not self.causal:
+            yield _Call(_ALL, _ALL, False)
+        elif self.block_mask is None and zigzag:
+            if source == self.rank:
+                yield _Call(_ALL, _ALL, True)
             elif source < self.rank:
-                yield _Call(_ALL, first, False)
+                yield _Call(_ALL, slice(0, self.chunk), False)
             else:
-                yield _Call(second, _ALL, False)
+                yield _Call(slice(self.chunk, 2 * self.chunk), _ALL, False)
+        else:
+            for rows, i in enumerate(self.chunks[self.rank]):
+                for keys, j in enumerate(self.chunks[source]):
+                    yield from self._pair(self._tokens(rows), i, self._tokens(keys), j)
+
+    def _pair(self, rows: slice, i: int, keys: slice, j: int) -> Iterator[_Call]:
+        """Chunk i, this process's `rows`, against chunk j, `keys` of those that are here."""
+        if self.causal and j > i:
             return
-        for rows, i in zip((first, second), owned(self.rank, self.size, "zigzag"), strict=True):
-            for keys, j in zip((first, second), owned(source, self.size, "zigzag"), strict=True):
-                if self.causal and j > i:
-                    continue
-                part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
-                if _sees_anything(part):
-                    yield _Call(rows, keys, self.causal and i == j, part)
+        part = None
+        if self.block_mask is not None:
+            part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
+            if not _sees_anything(part):
+                return
+        yield _Call(rows, keys, self.causal and i == j, part)
 
     def _tokens(self, chunk: int) -> slice:
         return slice(chunk * self.chunk, (chunk + 1) * self.chunk)

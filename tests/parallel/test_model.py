@@ -59,6 +59,7 @@ def long(function):
     return lambda: function(WHOLE_BLOCKS)
 
 
+UNEVEN = hfp.masks.sliding_window(40) | hfp.masks.global_tokens(range(300, 500))
 WINDOW = hfp.masks.sliding_window(150)
 SPARSE = hfp.masks.sliding_window(40) | hfp.masks.global_tokens(3)
 PER_HEAD = hfp.masks.per_head([hfp.masks.sliding_window(9 * i) for i in range(1, 5)])
@@ -81,6 +82,7 @@ CASES = {
     "long window": ("mistral", {"sliding_window": 200}, {}, long(batch), ("ring", "both")),
     "window and padding": ("gpt2", {}, {"mask": WINDOW}, long(padded), ALL),
     "sparse": ("bert", {}, {"mask": SPARSE}, long(batch), ALL),
+    "uneven": ("bert", {}, {"mask": UNEVEN}, long(batch), ("ring", "both")),
     "per head": ("llama", {}, {"mask": PER_HEAD}, long(batch), ALL),
 }
 
@@ -203,6 +205,20 @@ def check_the_handle():
         torch.testing.assert_close(model(**inputs).logits, whole.logits, atol=0.0, rtol=0.0)
         assert "_loss_function" not in vars(model) and not model._forward_pre_hooks
     return True
+
+
+def check_uneven_masks():
+    """The second chunk, which is dear, is not put to the third, as in zigzag, but to the last."""
+    start()
+    model, inputs = model_of("uneven")
+    with hfp.parallel.sequence_parallel(model, method="ring") as shared:
+        ids = torch.arange(WHOLE_BLOCKS)[None]
+        mine = shared.shard(ids)
+        return mine[0, :: WHOLE_BLOCKS // 4].tolist(), torch.equal(shared.unshard(mine), ids)
+
+
+def test_uneven_masks():
+    assert run(2, check_uneven_masks) == [([256, 768], True), ([0, 512], True)]
 
 
 def test_the_handle():
