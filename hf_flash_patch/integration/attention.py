@@ -19,7 +19,7 @@ from ..ops.arguments import MaskArguments
 from ..ops.functional import attention
 from .dtypes import to_compute_dtype
 from .masking import AttentionMask
-from .outputs import attention_weights_wanted
+from .outputs import wanted
 from .request import Request
 from .sharing import share_of
 from .sparse import pattern_of, with_pattern
@@ -122,7 +122,14 @@ def hfp_attention(
 
     varlen: MaskArguments | None = None
     doc_range = None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if mask.cu_seqlens is not None:
+        if bias is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has a position bias, of padded sequences; "
+                "remove_padding cannot serve it."
+            )
+        varlen = mask.arguments()
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if bias is None and mask.is_plain and request.batch_size == 1:
             varlen = MaskArguments(
                 cu_seqlens_q=cu_seq_lens_q.int(),
@@ -169,7 +176,7 @@ def _of_whole_sequence(
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     name = type(module).__name__
-    if kwargs.get("output_attentions") or attention_weights_wanted():
+    if kwargs.get("output_attentions") or wanted("attentions"):
         raise UnsupportedModelError(
             f"output_attentions=True: {name} is to return its attention weights, which are never "
             'formed. Ask for them on a model with set_attn_implementation("eager"), or after '

@@ -90,6 +90,8 @@ def _attention_of(root: PreTrainedModel) -> list[nn.Module]:
         raise ParallelError(f"{name} looks at single tokens, which one process alone has.")
     if "position_ids" not in inspect.signature(root.forward).parameters:
         raise ParallelError(f"{name} takes no position_ids, and would count each part from 0.")
+    if (getattr(root.config, "hfp", None) or {}).get("remove_padding"):
+        raise ParallelError(f"{name} was patched with remove_padding; patch it without.")
     entries = survey(root)
     for entry in entries:
         if entry.status == "kept":

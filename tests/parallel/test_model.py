@@ -242,6 +242,9 @@ def errors():
     expect(share, tiny_model(AutoModelForCausalLM, "llama"))
     t5 = tiny_model(AutoModelForCausalLM, "bloom")
     expect(share, t5)
+    encoder = tiny_model(AutoModelForMaskedLM, "bert")
+    hfp.patch(encoder, remove_padding=True)
+    expect(share, encoder)
     odd = tiny_model(AutoModelForCausalLM, "gpt2", n_head=2, num_attention_heads=2)
     hfp.patch(odd)
     expect(share, odd, method="ulysses")
@@ -277,6 +280,7 @@ def test_errors_on_every_rank():
         "it has to be one of auto, ring",
         "does not call us; patch(model) first",
         "not known to mix tokens in self-attention alone",
+        "was patched with remove_padding",
         "2 heads do not divide among 4",
         "shared already",
         "different batches (input_ids)",
