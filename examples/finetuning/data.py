@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study.data import TEST_SHARE, encode, packages, split, train_tokenizer
+from study.data import encode, train_tokenizer
 from study.evaluation import stride_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +19,8 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerBase,
 )
+
+from hf_flash_patch.testing.sources import TEST_SHARE, packages, split
 
 from .options import DataOptions
 
