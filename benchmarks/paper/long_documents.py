@@ -125,9 +125,9 @@ PRESETS = {
         most=20,
         smallest=500,
         vocab_size=400,
-        window_epochs=1,
+        window_epochs=10,
         window_batch=32,
-        epochs=1,
+        epochs=2,
         batch=8,
         micro=1024,
         learning_rate=3e-3,
@@ -377,7 +377,8 @@ def main(arguments: Arguments) -> int:
     lengths = arguments.lengths or list(study.preset.lengths)
     unknown = set(lengths) - set(study.preset.lengths)
     if unknown:
-        raise SystemExit(f"--lengths {unknown}; there are {sorted(study.preset.lengths)}")
+        known = ", ".join(map(str, sorted(study.preset.lengths)))
+        raise SystemExit(f"--lengths {' '.join(map(str, unknown))}; there are {known}")
     print(study.documents)
     status = 0
     try:

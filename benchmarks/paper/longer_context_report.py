@@ -40,17 +40,17 @@ class Log:
         self._records.add({**self._conditions, **dict.fromkeys(COLUMNS, ""), **cells})
 
     def rows(self, metric: str) -> list[dict[str, Any]]:
-        """The rows of a metric, their value and length as numbers."""
+        """The rows of a metric, their length as a number."""
         wanted = {**self._conditions, "metric": metric}
         return [
-            {**row, "value": float(row["value"]), "length": int(row["length"])}
+            {**row, "length": int(row["length"])}
             for row in self._records.rows
-            if all(str(row[name]) == str(value) for name, value in wanted.items())
+            if all(row[name] == str(value) for name, value in wanted.items())
         ]
 
     def values(self, metric: str) -> dict[str, float]:
         """run -> its value of a metric without further cells."""
-        return {row["run"]: row["value"] for row in self.rows(metric)}
+        return {row["run"]: float(row["value"]) for row in self.rows(metric)}
 
 
 def open_log(study: Study) -> Log:
@@ -97,8 +97,8 @@ def record_losses(log: Log, run: str, length: int, losses: Tensor, shortest: int
     for low, high in buckets(shortest // 8, length):
         value = windows[:, low:high].mean().exp().item()
         log.add(**row, metric="perplexity in window", first=low, last=high - 1, value=value)
-    for index, loss in enumerate(losses.mean(1).tolist()):
-        log.add(**row, metric="document's loss", first=index, last=index, value=loss)
+    each = " ".join(f"{loss:.6f}" for loss in losses.mean(1).tolist())
+    log.add(**row, metric="documents' losses", first=0, last=len(losses) - 1, value=each)
     log.add(**row, metric="perplexity", value=losses.mean().exp().item())
 
 
@@ -135,7 +135,7 @@ def _claims(study: Study) -> Iterator[str]:
         gain = perplexity[short] - perplexity[long]
         yield (
             f"Perplexity with {long} tokens: {perplexity[long]:.3f}, with {short}: "
-            f"{perplexity[short]:.3f}; {gain:.3f} lower (95% interval {low:.3f} to {high:.3f}, "
+            f"{perplexity[short]:.3f}; lower by {gain:.3f} (95% interval {low:.3f} to {high:.3f}, "
             f"paired over documents). Target {TARGET}: {_verdict(gain >= TARGET)}."
         )
     eager = _speed(log, "eager", int(short), compiled=study.arguments.compile)
@@ -157,12 +157,8 @@ def _verdict(reached: bool) -> str:
 def _interval(log: Log, one: str, other: str) -> tuple[float, float]:
     """Of the difference in perplexity: that in loss, paired over documents, at the middle of both
     losses."""
-    losses = []
-    for run in (one, other):
-        found = {
-            int(r["first"]): r["value"] for r in log.rows("document's loss") if r["run"] == run
-        }
-        losses.append(torch.tensor([found[index] for index in sorted(found)]))
+    found = {row["run"]: row["value"].split() for row in log.rows("documents' losses")}
+    losses = [torch.tensor([float(loss) for loss in found[run]]) for run in (one, other)]
     gap = losses[0] - losses[1]
     mean, half = gap.mean().item(), Z * gap.std().item() / len(gap) ** 0.5
     middle = math.exp((losses[0].mean() + losses[1].mean()).item() / 2)
@@ -174,7 +170,7 @@ def _speed(log: Log, attention: str, length: int, compiled: bool) -> float | Non
     wanted = {"run": "speed", "attention": attention, "compiled": str(compiled), "mask": ""}
     for row in log.rows("tokens/s"):
         if row["length"] == length and all(str(row[k]) == v for k, v in wanted.items()):
-            return row["value"]
+            return float(row["value"])
     return None
 
 
@@ -184,7 +180,7 @@ def _models(study: Study) -> list[str]:
     if not perplexity:
         return []
     positions = sorted({(int(r["first"]), int(r["last"])) for r in _by_document(log)})
-    cells = {(r["run"], int(r["first"])): r["value"] for r in _by_document(log)}
+    cells = {(r["run"], int(r["first"])): float(r["value"]) for r in _by_document(log)}
     head = ["run", "perplexity", *(f"{a} to {b}" for a, b in positions), "tokens/s", "GiB"]
     lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
     for run, value in perplexity.items():
@@ -204,12 +200,12 @@ def _speeds(study: Study) -> list[str]:
     if not rows:
         return []
     keys = ("attention", "length", "mask", "compiled")
-    gib = {tuple(str(r[k]) for k in keys): r["value"] for r in log.rows("GiB")}
+    gib = {tuple(str(r[k]) for k in keys): float(r["value"]) for r in log.rows("GiB")}
     lines = ["| attention | length | mask | compiled | tokens/s | GiB |"]
     lines.append("| --- | ---: | --- | --- | ---: | ---: |")
     for row in rows:
         cells = [str(row[key]) for key in keys]
-        numbers = f"{row['value']:,.0f} | {gib[tuple(cells)]:.1f}"
+        numbers = f"{float(row['value']):,.0f} | {gib[tuple(cells)]:.1f}"
         cells[2] = cells[2].replace("|", "\\|")
         lines.append(f"| {' | '.join(cells)} | {numbers} |")
     return ["Training speed, a few steps each:", "", *lines]
@@ -233,7 +229,7 @@ def _draw(study: Study, path: Path) -> None:
         for run in log.values("perplexity"):
             rows = [row for row in log.rows(metric) if row["run"] == run]
             last = [int(row["last"]) + 1 for row in rows]
-            axis.plot(last, [row["value"] for row in rows], "o-", label=run)
+            axis.plot(last, [float(row["value"]) for row in rows], "o-", label=run)
         axis.set_xscale("log", base=2)
         axis.set(xlabel=f"{label}: up to", ylabel="perplexity")
         axis.grid(alpha=0.3)

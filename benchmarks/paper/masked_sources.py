@@ -149,7 +149,7 @@ def module_names(names: Iterable[str]) -> set[str]:
     found = set()
     every = own_files()
     for name in names:
-        root = os.path.commonpath(every[name])
+        root = os.path.commonpath([file.parent for file in every[name]])
         for file in every[name]:
             inside = file.relative_to(root).with_suffix("").parts
             found |= {part.strip("_").lower() for part in inside}

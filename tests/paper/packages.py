@@ -24,7 +24,8 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]
     monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: paths)
     for name, lines in sizes.items():
         draw = random.Random(name)
-        words = ["".join(draw.choices(SYLLABLES, k=3)) for _ in range(60)]
+        own = draw.sample(SYLLABLES, 6)
+        words = ["".join(draw.choices(own, k=3)) for _ in range(60)]
         for part in range(4):
             where = folder / name / f"part{part}"
             where.mkdir(parents=True)
