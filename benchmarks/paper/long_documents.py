@@ -120,7 +120,7 @@ PRESETS = {
             "intermediate_size": 64,
         },
         first=32,
-        lengths=(32, 128, 64),
+        lengths=(32, 128),
         classes=3,
         most=20,
         smallest=500,
@@ -149,8 +149,8 @@ class Arguments:
     epochs: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     micro: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     budget: float = field(default=540, metadata={"help": "seconds, after which to stop"})
-    output: str = field(default="paper_output", metadata={"help": "folder for text and models"})
-    results: str = field(default="docs/results", metadata={"help": "folder for CSV and figure"})
+    folder: str = field(default="paper_output/long_documents", metadata={"help": "text and models"})
+    output: str = field(default="docs/results", metadata={"help": "CSV, figure and conclusion"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -220,7 +220,7 @@ class Study:
         changes = {name: value for name, value in given.items() if value is not None}
         self.preset = replace(PRESETS[arguments.preset], **changes)
         self.device = torch.device(arguments.device)
-        self.folder = Path(arguments.output) / f"long-documents-{arguments.preset}"
+        self.folder = Path(arguments.folder) / arguments.preset
         self.documents = read_documents(self.folder, self.preset)
         self.log = report.open_log(self)
 

@@ -27,7 +27,7 @@ def open_log(study: Study) -> Records:
 def _path(study: Study, ending: str) -> Path:
     preset = study.arguments.preset
     name = "long-documents" + ("" if preset == "h200" else f"-{preset}")
-    return Path(study.arguments.results) / f"{name}{ending}"
+    return Path(study.arguments.output) / f"{name}{ending}"
 
 
 def _conditions(study: Study) -> dict[str, Any]:

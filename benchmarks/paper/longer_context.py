@@ -136,8 +136,8 @@ class Arguments:
         default=torch.cuda.is_available(), metadata={"help": "torch.compile each layer"}
     )
     budget: float = field(default=540, metadata={"help": "seconds, after which to stop"})
-    output: str = field(default="paper_output", metadata={"help": "folder for text and models"})
-    results: str = field(default="docs/results", metadata={"help": "folder for CSV and figure"})
+    folder: str = field(default="paper_output/longer_context", metadata={"help": "text and models"})
+    output: str = field(default="docs/results", metadata={"help": "CSV, figure and conclusion"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu")
     seed: int = 0
 
@@ -182,7 +182,7 @@ class Study:
         changes = {name: value for name, value in given.items() if value is not None}
         self.preset = replace(PRESETS[arguments.preset], **changes)
         self.device = torch.device(arguments.device)
-        self.folder = Path(arguments.output) / f"longer-context-{arguments.preset}"
+        self.folder = Path(arguments.folder) / arguments.preset
         self.runs = runs_of(self.preset)
         p = self.preset
         self.text: Corpus = corpus(
@@ -268,6 +268,7 @@ class Study:
         blocks = Blocks(self.text.train, p.sparse, self.arguments.seed)
         hfp.memory.chunked_loss(model.train(), chunk=LOSS_CHUNK)
         if compiled:
+            torch.compiler.reset()  # shapes of an earlier model would make them dynamic
             for layer in model.transformer.h:
                 layer.compile()
 
@@ -333,8 +334,8 @@ class Study:
         for."""
         micro = self.preset.micro
         while micro >= run.length:
-            gc.collect()
             if self.device.type == "cuda":
+                gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(self.device)
             model = self._load(run)

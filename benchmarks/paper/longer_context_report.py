@@ -68,7 +68,7 @@ def open_log(study: Study) -> Log:
 def _path(study: Study, ending: str) -> Path:
     preset = study.arguments.preset
     name = "longer-context" + ("" if preset == "h200" else f"-{preset}")
-    return Path(study.arguments.results) / f"{name}{ending}"
+    return Path(study.arguments.output) / f"{name}{ending}"
 
 
 def buckets(first: int, end: int) -> Iterator[tuple[int, int]]:
