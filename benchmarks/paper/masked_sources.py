@@ -46,7 +46,7 @@ ALIAS = re.compile(
 HINT = re.compile(r"://|@\w|www\.|\.(?:pyi?|rst|md|txt|cpp|cu|json|toml|cfg|ya?ml|html)\b")
 ADDRESS = re.compile(rf"[^\s\"'`()<>\[\]]*(?:{HINT.pattern})[^\s\"'`()<>\[\]]*")
 BETWEEN = "[-_. ]?"  # the words of a name
-WORD = re.compile(r"[^\W\d]\w*")
+WORD = re.compile(r"([^\W\d]\w*)")
 
 
 @dataclass(frozen=True)
@@ -116,31 +116,38 @@ def masking(names: list[str], texts: dict[str, dict[Path, str]]) -> Callable[[st
     packages = re.compile("|".join(patterns), re.I)
     # Of two words, such as "hugging face": only these are looked for in the whole text.
     phrases = re.compile("|".join(p for p in patterns if BETWEEN in p) or r"(?!)", re.I)
-    memo: dict[str, str] = {}
 
-    def word(match: re.Match) -> str:
-        found = match[0]
-        if found not in memo:
-            plain = found.strip("_").lower()
-            memo[found] = GAP if plain in words else packages.sub(GAP, found)
-        return memo[found]
+    class Masked(dict):
+        """Word -> what stands for it; each is looked at once."""
+
+        def __missing__(self, word: str) -> str:
+            plain = word.strip("_").lower()
+            self[word] = GAP if plain in words else packages.sub(GAP, word)
+            return self[word]
+
+    masked = Masked()
 
     def mask(text: str) -> str:
-        return WORD.sub(word, phrases.sub(GAP, "\n".join(map(address, _lines(text)))))
+        text = "\n".join(_lines(IMPORT.sub("", text)))
+        parts = WORD.split(phrases.sub(GAP, text))  # every other one is a word
+        parts[1::2] = [masked[word] for word in parts[1::2]]
+        return "".join(parts)
 
     return mask
 
 
-def address(line: str) -> str:
-    """A line without addresses, file names and decorators."""
-    return ADDRESS.sub(GAP, line) if HINT.search(line) else line
-
-
 def _lines(text: str) -> Iterator[str]:
-    for line in IMPORT.sub("", text).split("\n"):
-        lower = line.lower()
-        if not lower.lstrip().startswith("#") and not any(word in lower for word in LEGAL):
-            yield line
+    """Lines that stay, without addresses and file names."""
+    whole = text.lower()
+    legal = [word for word in LEGAL if word in whole]
+    for line in text.split("\n"):
+        if line.lstrip().startswith("#") or (legal and _has(line.lower(), legal)):
+            continue
+        yield ADDRESS.sub(GAP, line) if HINT.search(line) else line
+
+
+def _has(line: str, words: list[str]) -> bool:
+    return any(word in line for word in words)
 
 
 def module_names(names: Iterable[str]) -> set[str]:
@@ -163,7 +170,7 @@ def aliases(names: Iterable[str], texts: dict[str, dict[Path, str]]) -> set[str]
         alias.strip("_").lower()
         for files in texts.values()
         for text in files.values()
-        for package, alias in ALIAS.findall(text)
+        for package, alias in (ALIAS.findall(text) if " as " in text else ())
         if package in known and len(alias.strip("_")) >= SHORTEST[1]
     }
 
