@@ -25,6 +25,7 @@ from torch import Tensor
 FAR = 1e4  # pixels; where a paddle that does not exist is kept
 TRIES = 24  # directions of a paddle, before its contour is given up
 CHECKED = 8  # of those that stay inside: also against the other paddles
+STEERED = 4  # paddles; longer contours have to stay able to turn away from the border
 TURN = 0.6  # of the largest turn: what some of TRIES paddles reach
 SPARE_DISTRACTORS = 4  # that may fail
 CHUNK_PIXELS = {"cpu": 2**23, "cuda": 2**26}  # grown at a time; the numbers drawn depend on it
@@ -125,6 +126,9 @@ def generate(geometry: Geometry, count: int, generator: torch.Generator) -> Imag
         count: how many.
         generator: of the random numbers; its device is where all is computed. The same state gives
             the same images on the same kind of device.
+
+    Raises:
+        ValueError: the contours do not fit.
     """
     parts: list[Images] = []
     have = 0
@@ -136,6 +140,8 @@ def generate(geometry: Geometry, count: int, generator: torch.Generator) -> Imag
         grown.grow_distractors()
         parts.append(_draw(geometry, grown, *choice))
         have += len(parts[-1])
+        if not have and len(parts) == 100:
+            raise ValueError(f"no room for two contours of {geometry.contour} in {geometry}")
     names = Images.__dataclass_fields__
     return Images(**{n: torch.cat([getattr(p, n) for p in parts])[:count] for n in names})
 
@@ -170,13 +176,16 @@ class _Canvas:
         points = tails[:, :, None] + (heads - tails)[:, :, None] * share[:, None]
         return points.flatten(1, 2)
 
-    def _fit(self, tails: Tensor, angles: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _fit(
+        self, tails: Tensor, angles: Tensor, others: Tensor, steer: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The first of some paddles that is inside and free of the others.
 
         Args:
             tails: (images, tries or 1, 2).
             angles: (images, tries).
             others: (images, points, 2).
+            steer: leave room to turn away from the border.
 
         Returns:
             tail (images, 2), head (images, 2), and whether there is one (images,).
@@ -189,12 +198,13 @@ class _Canvas:
         points = tails[:, :, None] + direction[:, :, None] * reach[:, None, :, None]
         low, high = geometry.padding, geometry.size - 1 - geometry.padding
         fits = ((points >= low) & (points <= high)).flatten(2).all(2)
-        # A contour that cannot turn away from the border any more would have to be thrown away.
-        radius = (geometry.paddle + 2 * self.margin)[:, None, None] / (TURN * geometry.turn)
-        side = torch.stack((-direction[..., 1], direction[..., 0]), -1)
-        centres = torch.stack((points[:, :, -1] + radius * side, points[:, :, -1] - radius * side), 2)
-        inside = (centres >= low + radius[..., None]) & (centres <= high - radius[..., None])
-        fits &= inside.all(3).any(2)
+        if steer:  # a contour that cannot turn in time would be thrown away
+            radius = (geometry.paddle + 2 * self.margin)[:, None, None] / (TURN * geometry.turn)
+            side = torch.stack((-direction[..., 1], direction[..., 0]), -1)
+            ahead = points[:, :, -1]
+            centres = torch.stack((ahead + radius * side, ahead - radius * side), 2)
+            radius = radius[..., None]
+            fits &= ((centres >= low + radius) & (centres <= high - radius)).all(3).any(2)
         some = torch.sort(fits.byte(), dim=1, descending=True, stable=True).indices[:, :CHECKED]
         points, fits = (_rows(x, some) for x in (points, fits))
         tails, direction = (_rows(x, some) for x in (tails, direction))
@@ -209,13 +219,15 @@ class _Canvas:
         tail = tails[row, which]
         return tail, tail + direction[row, which] * geometry.paddle, fits.any(1)
 
-    def _extend(self, tail: Tensor, head: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _extend(
+        self, tail: Tensor, head: Tensor, others: Tensor, steer: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The paddle after (tail, head), each (images, 2); as _fit."""
         last = head - tail
         start = head + last / self.geometry.paddle * 2 * self.margin[:, None]
         index = (self._uniform(len(tail), TRIES) * (len(self._turns) - 1)).long()
         angles = torch.atan2(last[:, 1], last[:, 0])[:, None] + self._turns[index]
-        return self._fit(start[:, None], angles, others)
+        return self._fit(start[:, None], angles, others, steer)
 
     def _append(self, tail: Tensor, head: Tensor, ok: Tensor) -> None:
         self.tails = torch.cat((self.tails, tail[:, None]), 1)
@@ -225,23 +237,26 @@ class _Canvas:
     def grow_targets(self) -> None:
         """The two long contours; images where they do not fit are dropped."""
         geometry = self.geometry
+        steer = geometry.contour > STEERED
         border = min(geometry.padding + 2 * geometry.seed_distance, geometry.size / 2 - 2)
         count = len(self.margin)
         start = border + self._uniform(count, TRIES, 2) * (geometry.size - 1 - 2 * border)
         angles = 2 * math.pi * self._uniform(count, TRIES)
-        self._append(*self._fit(start, angles, start[:, :0]))
+        self._append(*self._fit(start, angles, start[:, :0], steer))
         count = len(self.margin)
         direction = 2 * math.pi * self._uniform(count, TRIES)
         apart = torch.stack((direction.cos(), direction.sin()), -1) * geometry.seed_distance
         angles = 2 * math.pi * self._uniform(count, TRIES)
         others = self._points(self.tails, self.heads)
-        self._append(*self._fit(self.tails[:, :1] + apart, angles, others))
+        starts = self.tails[:, :1] + apart
+        self._append(*self._fit(starts, angles, others, steer))
         for index in range(2, 2 * geometry.contour):
             before = index - 2  # its own predecessor; a gap is closer than the clearance
             tails = torch.cat((self.tails[:, :before], self.tails[:, before + 1 :]), 1)
             heads = torch.cat((self.heads[:, :before], self.heads[:, before + 1 :]), 1)
             others = self._points(tails, heads)
-            self._append(*self._extend(self.tails[:, before], self.heads[:, before], others))
+            last = self.tails[:, before], self.heads[:, before]
+            self._append(*self._extend(*last, others, steer))
 
     def choose_dots(self) -> tuple[Tensor, Tensor]:
         """Where the dots go, and labels; drops images whose distances would tell the label.
