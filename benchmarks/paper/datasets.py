@@ -12,6 +12,7 @@ No file is in both the training and the test split.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import random
@@ -33,7 +34,6 @@ from .loop import Clock
 SHARD = 2000  # examples; a shard is the unit that is not made twice
 TEST_SHARE = 0.2  # of the files
 SHORTEST_PIECE = 1000  # bytes
-CHUNK_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ class Split:
     labels: np.ndarray
 
 
-def load(
-    task: Task, folder: Path, seed: int, workers: int, clock: Clock
-) -> tuple[Split, Split]:
+def load(task: Task, folder: Path, seed: int, workers: int, clock: Clock) -> tuple[Split, Split]:
     """Training and test split, made if they are not there.
 
     Args:
@@ -161,15 +159,25 @@ def _listops(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray,
 
 def _image(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     pixels, kinds = shapes.shapes(f"image-{seed}", count)
-    return pixels.reshape(count, -1), kinds
+    side = round(task.length**0.5)
+    blocks = pixels.reshape(count, side, shapes.SIZE // side, side, shapes.SIZE // side)
+    return blocks.mean((2, 4)).astype(np.uint8).reshape(count, -1), kinds
 
 
 def _pathfinder(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     side = round(task.length**0.5)
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6], "big")
     generator = torch.Generator().manual_seed(number)
-    images = pathfinder.generate(pathfinder.GEOMETRIES[side], count, generator)
+    geometry = pathfinder.GEOMETRIES.get(side)
+    if geometry is None:  # to try things out
+        geometry = pathfinder.smaller(pathfinder.GEOMETRIES[32], side, 2, 1)
+    images = pathfinder.generate(geometry, count, generator)
     return images.pixels.view(count, -1).numpy(), images.labels.to(torch.uint8).numpy()
+
+
+@functools.cache
+def _pieces(split: str, longest: int) -> _Pieces:
+    return _Pieces(split, longest)
 
 
 class _Pieces:
@@ -208,8 +216,8 @@ def _share(name: str) -> float:
 
 
 def _text(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    pieces, draw = _Pieces(split, task.length), random.Random(seed)
-    two = sorted(_Pieces("train", task.length).packages[:2])
+    pieces, draw = _pieces(split, task.length), random.Random(seed)
+    two = sorted(_pieces("train", task.length).packages[:2])
     tokens = np.zeros((count, task.length), np.uint8)
     labels = np.zeros(count, np.uint8)
     for row in range(count):
@@ -220,7 +228,7 @@ def _text(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np
 
 
 def _retrieval(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    pieces, draw = _Pieces(split, task.length), random.Random(seed)
+    pieces, draw = _pieces(split, task.length), random.Random(seed)
     names = pieces.packages[:40]
     tokens = np.zeros((count, 2, task.length), np.uint8)
     labels = np.zeros(count, np.uint8)

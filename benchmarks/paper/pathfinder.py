@@ -28,7 +28,8 @@ CHECKED = 8  # of those that stay inside: also against the other paddles
 STEERED = 4  # paddles; longer contours have to stay able to turn away from the border
 TURN = 0.6  # of the largest turn: what some of TRIES paddles reach
 SPARE_DISTRACTORS = 4  # that may fail
-CHUNK_PIXELS = {"cpu": 2**23, "cuda": 2**26}  # grown at a time; the numbers drawn depend on it
+CHUNK_PIXELS = {"cpu": 2**22, "cuda": 2**26}  # grown at a time; the numbers drawn depend on it
+LARGEST_CHUNK = {"cpu": 1024, "cuda": 65536}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def generate(geometry: Geometry, count: int, generator: torch.Generator) -> Imag
     """
     parts: list[Images] = []
     have = 0
-    chunk = CHUNK_PIXELS[generator.device.type] // geometry.size**2
+    kind = generator.device.type
+    chunk = min(CHUNK_PIXELS[kind] // geometry.size**2, LARGEST_CHUNK[kind])
     while have < count:
         grown = _Canvas(geometry, chunk, generator)
         grown.grow_targets()
@@ -140,7 +142,7 @@ def generate(geometry: Geometry, count: int, generator: torch.Generator) -> Imag
         grown.grow_distractors()
         parts.append(_draw(geometry, grown, *choice))
         have += len(parts[-1])
-        if not have and len(parts) == 100:
+        if not have and len(parts) == 30:
             raise ValueError(f"no room for two contours of {geometry.contour} in {geometry}")
     names = Images.__dataclass_fields__
     return Images(**{n: torch.cat([getattr(p, n) for p in parts])[:count] for n in names})
@@ -159,7 +161,9 @@ class _Canvas:
         x = torch.linspace(-math.pi / 2, math.pi / 2, 2049, device=self.device)
         cdf = x / math.pi + 0.5 + torch.sin(x) * torch.cos(x) / math.pi
         even = torch.linspace(0, 1, 1025, device=self.device)
-        self._turns = x[torch.searchsorted(cdf, even).clamp(max=2048)] * (geometry.turn * 2 / math.pi)
+        self._turns = x[torch.searchsorted(cdf, even).clamp(max=2048)] * (
+            geometry.turn * 2 / math.pi
+        )
         self.tails = torch.empty(count, 0, 2, device=self.device)
         self.heads = torch.empty(count, 0, 2, device=self.device)
 

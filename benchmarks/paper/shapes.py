@@ -55,7 +55,7 @@ def shapes(seed: int | str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Draws images.
 
     Returns:
-        pixels, uint8 (count, 32, 32); kinds, uint8 (count,), each of KINDS as often as chance has it.
+        pixels, uint8 (count, 32, 32); kinds, uint8 (count,), drawn from KINDS.
     """
     draw = np.random.default_rng(list(str(seed).encode()))
     rows, columns = np.mgrid[:SIZE, :SIZE].astype(np.float32)
