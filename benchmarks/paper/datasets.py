@@ -31,6 +31,7 @@ from hf_flash_patch.testing import sources
 from . import listops, pathfinder, shapes
 from .loop import Clock
 
+Arrays = tuple[np.ndarray, np.ndarray]  # tokens and labels
 SHARD = 2000  # examples; a shard is the unit that is not made twice
 TEST_SHARE = 0.2  # of the files
 SHORTEST_PIECE = 1000  # bytes
@@ -85,7 +86,9 @@ class Split:
     labels: np.ndarray
 
 
-def load(task: Task, folder: Path, seed: int, workers: int, clock: Clock) -> tuple[Split, Split]:
+def load(
+    task: Task, folder: Path, seed: int, workers: int, clock: Clock, device: str = "cpu"
+) -> tuple[Split, Split]:
     """Training and test split, made if they are not there.
 
     Args:
@@ -94,19 +97,22 @@ def load(task: Task, folder: Path, seed: int, workers: int, clock: Clock) -> tup
         seed: of the random choices.
         workers: processes to make shards with; 0 makes them in this one.
         clock: says when to stop.
+        device: where Pathfinder's images are made; on a GPU by this process. They are others there.
 
     Raises:
         OutOfTime: the time is over; the shards that are done are kept.
     """
+    kind = torch.device(device).type if task.name == "pathfinder" else "cpu"
+    workers = workers if kind == "cpu" else 0
     shards = {
         name: [
-            folder / f"{task.name}-{task.length}-{seed}-{name}-{index}.npz"
+            folder / f"{task.name}-{task.length}-{kind}-{seed}-{name}-{index}.npz"
             for index in range(-(-count // SHARD))
         ]
         for name, count in (("train", task.train), ("test", task.test))
     }
     todo = [
-        (task, name, seed, index, path)
+        (task, name, seed, index, path, kind)
         for name, paths in shards.items()
         for index, path in enumerate(paths)
         if not path.exists()
@@ -114,7 +120,10 @@ def load(task: Task, folder: Path, seed: int, workers: int, clock: Clock) -> tup
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=len(todo), desc=f"{task.name}: data", unit="shard", disable=not todo) as bar:
         if workers and todo:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            # Processes that have imported this and never seen the GPU.
+            context = get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
                 waiting = [pool.submit(_make, *job) for job in todo]
                 try:
                     for done in as_completed(waiting):
@@ -136,17 +145,16 @@ def load(task: Task, folder: Path, seed: int, workers: int, clock: Clock) -> tup
     return made[0], made[1]
 
 
-def _make(task: Task, split: str, seed: int, index: int, path: Path) -> None:
+def _make(task: Task, split: str, seed: int, index: int, path: Path, device: str) -> None:
     """One shard, the same whoever makes it."""
-    torch.set_num_threads(1)
     count = min(SHARD, getattr(task, split) - index * SHARD)
-    tokens, labels = _MAKERS[task.name](task, split, f"{seed}-{split}-{index}", count)
+    tokens, labels = _MAKERS[task.name](task, split, f"{seed}-{split}-{index}", count, device)
     partial = path.with_suffix(".partial.npz")
     np.savez_compressed(partial, x=tokens, y=labels)
     partial.replace(path)
 
 
-def _listops(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _listops(task: Task, split: str, seed: str, count: int, device: str) -> Arrays:
     longest = min(listops.LONGEST, task.length + 1)
     found = listops.expressions(seed, min(listops.SHORTEST, task.length // 4), longest)
     tokens = np.zeros((count, task.length), np.uint8)
@@ -157,22 +165,22 @@ def _listops(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray,
     return tokens, labels
 
 
-def _image(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _image(task: Task, split: str, seed: str, count: int, device: str) -> Arrays:
     pixels, kinds = shapes.shapes(f"image-{seed}", count)
     side = round(task.length**0.5)
     blocks = pixels.reshape(count, side, shapes.SIZE // side, side, shapes.SIZE // side)
     return blocks.mean((2, 4)).astype(np.uint8).reshape(count, -1), kinds
 
 
-def _pathfinder(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _pathfinder(task: Task, split: str, seed: str, count: int, device: str) -> Arrays:
     side = round(task.length**0.5)
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6], "big")
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator(device).manual_seed(number)
     geometry = pathfinder.GEOMETRIES.get(side)
     if geometry is None:  # to try things out
         geometry = pathfinder.smaller(pathfinder.GEOMETRIES[32], side, 2, 1)
     images = pathfinder.generate(geometry, count, generator)
-    return images.pixels.view(count, -1).numpy(), images.labels.to(torch.uint8).numpy()
+    return images.pixels.view(count, -1).cpu().numpy(), images.labels.byte().cpu().numpy()
 
 
 @functools.cache
@@ -215,7 +223,7 @@ def _share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
 
 
-def _text(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _text(task: Task, split: str, seed: str, count: int, device: str) -> Arrays:
     pieces, draw = _pieces(split, task.length), random.Random(seed)
     two = sorted(_pieces("train", task.length).packages[:2])
     tokens = np.zeros((count, task.length), np.uint8)
@@ -227,7 +235,7 @@ def _text(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np
     return tokens, labels
 
 
-def _retrieval(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _retrieval(task: Task, split: str, seed: str, count: int, device: str) -> Arrays:
     pieces, draw = _pieces(split, task.length), random.Random(seed)
     names = pieces.packages[:40]
     tokens = np.zeros((count, 2, task.length), np.uint8)
@@ -242,7 +250,7 @@ def _retrieval(task: Task, split: str, seed: str, count: int) -> tuple[np.ndarra
     return tokens, labels
 
 
-_MAKERS: dict[str, Callable[[Task, str, str, int], tuple[np.ndarray, np.ndarray]]] = {
+_MAKERS: dict[str, Callable[[Task, str, str, int, str], Arrays]] = {
     "listops": _listops,
     "text": _text,
     "retrieval": _retrieval,

@@ -321,9 +321,8 @@ def _task(name: str, arguments: Arguments, records: Records, clock: Clock) -> No
     todo = [contestant for contestant, key in keys.items() if not records.has(**key)]
     if not todo:
         return
-    splits = datasets.load(
-        task, Path(arguments.folder) / "data", arguments.seed, arguments.workers, clock
-    )
+    data = Path(arguments.folder) / "data"
+    splits = datasets.load(task, data, arguments.seed, arguments.workers, clock, arguments.device)
     for contestant in todo:
         clock.check()
         if arguments.device != "cpu":

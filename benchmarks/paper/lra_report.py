@@ -65,7 +65,8 @@ def conclusion(rows: dict[tuple[str, str], Row]) -> list[str]:
         said.append(
             f"{NAMES[contestant]}: {mean(speed.values()):.2f} times eager's steps a second "
             f"(geometric mean of {len(speed)} of {len(PAPER)} tasks; target {target}, {verdict}); "
-            f"accuracy within a point or better: {equal} (worst: {worst}, {100 * gaps[worst]:+.1f})."
+            f"accuracy within a point or better: {equal} "
+            f"(worst: {worst}, {100 * gaps[worst]:+.1f})."
         )
     found = [row for (task, _), row in rows.items() if task == "listops"]
     if found:

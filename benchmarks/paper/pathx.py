@@ -39,7 +39,7 @@ from .tracer import Shape, Tracer
 
 HIDDEN = 0.5  # of the pixels, in self-pretraining; in squares of 2 x 2
 SEEN = 4  # times that an image is used
-POOL_PIXELS = {"cpu": 2**16, "cuda": 2**25}
+POOL_PIXELS = {"cpu": 2**16, "cuda": 2**24}  # of the images made at a time
 TRACE_WEIGHTS = (0.1, 1.0, 1.0, 1.0)  # nine pixels of ten are background
 GROWING = 0.6  # of a stage; then contours have their full length
 

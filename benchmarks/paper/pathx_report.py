@@ -68,8 +68,8 @@ def conclusion(rows: Iterable[Row]) -> list[str]:
             more = "" if task_only else ", which also gives the generator's map of contours"
             said.append(
                 f"{stage}: {100 * accuracy:.1f}% by the route {best['route']}{more}; {floor} "
-                f"chance with 95% confidence, {against} than the paper's {100 * paper:.1f}%. The dots' "
-                f"surroundings alone tell {100 * float(best['tips']):.1f}%."
+                f"chance with 95% confidence, {against} than the paper's {100 * paper:.1f}%. "
+                f"The dots' surroundings alone tell {100 * float(best['tips']):.1f}%."
             )
     return said
 

@@ -17,6 +17,8 @@ SMALL = Shape(hidden=16, layers=2, heads=2, registers=3)
 def arguments(tmp_path, monkeypatch):
     """A command line that asks for little."""
     monkeypatch.setitem(pathx.POOL_PIXELS, "cpu", 2**12)
+    for name, stages in list(routes.ROUTES.items()):
+        monkeypatch.setitem(routes.ROUTES, name, [stages[0], *stages[-2:]][-3:])
     return pathx.Arguments(
         route="pretrain",
         tiny=True,
@@ -60,13 +62,13 @@ def test_traces_are_learnt_too(arguments):
     arguments.route = "traced"
     assert pathx.main(arguments) == 0
     rows = rows_of(arguments)
-    assert {row["goal"] for row in rows} == {"traces"} and len(rows) == 5
+    assert {row["goal"] for row in rows} == {"traces"} and len(rows) == 3
     said = pathx_report.conclusion(rows)
     assert all("map of contours" in sentence for sentence in said) and len(said) == 2
 
 
 def test_a_stage_goes_on_where_it_stopped(arguments, tmp_path):
-    stopped = replace(arguments, scale=3.0, budget=-1)
+    stopped = replace(arguments, scale=1000.0, budget=-1)
     assert pathx.main(stopped) == 3
     state = torch.load(tmp_path / "work" / "pretrain-tiny-0.pt")
     assert state["stage"] == 0 and state["steps"] == 1 and state["seen"][0] == 1
