@@ -305,7 +305,7 @@ def main(arguments: Arguments) -> int:
 def _task(name: str, arguments: Arguments, records: Records, clock: Clock) -> None:
     task, recipe = datasets.TASKS[name], RECIPES[name]
     if arguments.tiny:
-        task = replace(task, length=TINY[name], train=256, test=64)
+        task = replace(task, length=TINY[name], train=64, test=32)
         recipe = replace(recipe, steps=12, batch=8, warmup=2)
     recipe = replace(recipe, steps=max(1, recipe.steps // arguments.shrink))
     keys = {

@@ -89,7 +89,11 @@ GEOMETRIES = {
 
 
 def smaller(geometry: Geometry, size: int, contour: int, distractors: int) -> Geometry:
-    """The same lines, gaps and dots on a smaller canvas with shorter contours."""
+    """The same lines, gaps and dots on a smaller canvas with shorter contours.
+
+    Short contours are nearly straight, so that here the distance of the dots tells something: for
+    four paddles six labels of ten. For training, not for testing.
+    """
     scale = size / geometry.size
     return replace(
         geometry,
