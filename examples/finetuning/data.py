@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from study.data import TEST_SHARE, encode, packages, split, train_tokenizer
+from study.data import encode, train_tokenizer
 from study.evaluation import stride_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,6 +20,8 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerBase,
 )
+
+from hf_flash_patch.testing.sources import TEST_SHARE, packages, split
 
 from .options import DataOptions
 
