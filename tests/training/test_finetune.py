@@ -175,13 +175,21 @@ def test_two_processes(command, tmp_path, kind, tune):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("more", [["--share", "ring"], ["--no_packing", "--mask", "sinks(9)"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--share", "ring"],
+        ["--no_packing", "--mask", "sinks(9)", "--tune", "lora", "--lora_r", "4"],
+    ],
+    ids=["packed", "sparse lora"],
+)
 def test_two_processes_share_sequences(command, monkeypatch, more):
     """Equal to one process with the same batches."""
     more = [*more, "--max_length", "512", "--eval_lengths", "512"]
     expected = _finetune(command(*more, output="one"))
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    more += ["--memory", "loss", "offload", "tile"]
     first, second = run(2, _finetune, command(*more), fsdp=True)
     assert first == second == pytest.approx(expected, rel=1e-5)
 
