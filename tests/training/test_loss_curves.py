@@ -6,6 +6,7 @@ import random
 import pytest
 
 from benchmarks import loss_curves
+from hf_flash_patch.ops import functional
 from hf_flash_patch.testing import sources
 
 STEPS = 12
@@ -33,6 +34,8 @@ def study(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources.sysconfig, "get_paths", lambda: paths)
+        # On a CPU, where SDPA says the same, the torch engine calls it; here nothing may.
+        patch.setattr(functional, "_sdpa_causality", lambda *arguments: None)
         patch.setattr(loss_curves, "fit", stopped)
         with pytest.raises(KeyboardInterrupt):
             loss_curves.main(arguments(root))
@@ -65,11 +68,11 @@ def test_no_curve_is_trained_twice(study):
 
 @pytest.mark.parametrize("model", loss_curves.CASES)
 def test_patched_losses_are_sdpas(study, model):
-    """In fp32 the roundings of some steps, with the same dropout; another seed is far off."""
+    """In fp32 roundings apart, with the same dropout; a LoRA of another seed starts as this one."""
     sdpa, ours, other = (losses(study[0])[model, curve] for curve in loss_curves.CURVES)
     assert len(sdpa) == STEPS
-    assert loss_curves.difference(ours, sdpa) < 1e-5
-    assert loss_curves.difference(other, sdpa) > 1e-4
+    assert 0 < loss_curves.difference(ours, sdpa) < 1e-5
+    assert loss_curves.difference(other, sdpa) > (1e-5 if model == "llama" else 1e-3)
 
 
 def test_report(study, monkeypatch, capsys):
