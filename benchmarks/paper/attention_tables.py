@@ -9,14 +9,17 @@ ours, dense and under the paper's butterfly and a window with global tokens. Tim
 backward and both, interleaved with the others of the row's length; memory is the peak of both. A
 contestant that runs out of memory is not asked for longer ones.
 
-Leaves attention_tables.csv, .svg and .md in --output.
+Leaves attention_tables.csv, .svg and .md in --output. Stops after --budget seconds with exit status
+3; the same command goes on.
 """
 
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -27,6 +30,7 @@ from transformers import HfArgumentParser
 import hf_flash_patch as hfp
 from hf_flash_patch.bench.timing import time_interleaved
 
+from .loop import Clock, OutOfTime
 from .records import Records
 
 BATCH, HEADS, HEAD_DIM = 16, 8, 64
@@ -196,41 +200,47 @@ def _release(problem: Problem) -> None:
         torch.cuda.empty_cache()
 
 
-def main(arguments: Arguments) -> list[dict[str, str]]:
-    """Measures what is missing, writes the report; all rows."""
-    start = time.monotonic()
+def main(arguments: Arguments) -> int:
+    """Measures what is not in the CSV yet; returns 0 when all is done, 3 when time is over."""
+    clock, status = Clock(arguments.budget), 0
     if arguments.tiny:
         arguments.seqlens = [128, 256]
     output = Path(arguments.output)
     records = Records(output / "attention_tables.csv")
-    for mask in arguments.masks:
-        for dropout in arguments.dropouts:
-            too_long: set[str] = set()
-            for seqlen in sorted(arguments.seqlens):
-                key = {"seqlen": seqlen, "mask": mask, "dropout": dropout}
-                names = [
-                    name
-                    for name in arguments.contestants
-                    if name not in too_long and not records.has(**key, contestant=name)
-                ]
-                if not names:
-                    continue
-                if time.monotonic() - start > arguments.budget:
-                    print("The time is over; the same command goes on.")
-                    report(records.rows, output)
-                    return records.rows
-                problem = Problem(seqlen, mask, dropout, arguments.seed, arguments.tiny)
-                for name, row in measure(problem, names, arguments.rounds).items():
-                    if row["outcome"] != "ok":
-                        too_long.add(name)
-                    density = PATTERNS[name].density(seqlen) if name in PATTERNS else 1.0
-                    more = {"density": round(density, 6), "seed": arguments.seed}
-                    dtype = str(problem.q.dtype).removeprefix("torch.")
-                    records.add({**key, "contestant": name, **row, **more, "dtype": dtype})
-                print(f"{seqlen:>6} tokens, mask {mask}, dropout {dropout}: {', '.join(names)}")
-                del problem
+    try:
+        for settings in product(arguments.masks, arguments.dropouts):
+            _lengths(arguments, records, clock, *settings)
+    except OutOfTime:
+        status = 3
+        print("Time is over; run the same command again to go on.")
     report(records.rows, output)
-    return records.rows
+    return status
+
+
+def _lengths(
+    arguments: Arguments, records: Records, clock: Clock, mask: str, dropout: float
+) -> None:
+    too_long: set[str] = set()
+    for seqlen in sorted(arguments.seqlens):
+        key = {"seqlen": seqlen, "mask": mask, "dropout": dropout}
+        names = [
+            name
+            for name in arguments.contestants
+            if name not in too_long and not records.has(**key, contestant=name)
+        ]
+        if not names:
+            continue
+        clock.check()
+        problem = Problem(seqlen, mask, dropout, arguments.seed, arguments.tiny)
+        for name, row in measure(problem, names, arguments.rounds).items():
+            if row["outcome"] != "ok":
+                too_long.add(name)
+            density = PATTERNS[name].density(seqlen) if name in PATTERNS else 1.0
+            more = {"density": round(density, 6), "seed": arguments.seed}
+            dtype = str(problem.q.dtype).removeprefix("torch.")
+            records.add({**key, "contestant": name, **row, **more, "dtype": dtype})
+        print(f"{seqlen:>6} tokens, mask {mask}, dropout {dropout}: {', '.join(names)}")
+        del problem
 
 
 def report(rows: list[dict[str, str]], folder: Path) -> None:
@@ -249,8 +259,8 @@ def report(rows: list[dict[str, str]], folder: Path) -> None:
         lengths = sorted({n for entries in table.values() for n in entries})
         for column, unit in (("both_ms", "ms, forward and backward"), ("peak_mib", "MiB")):
             text += ["", f"## Mask {mask}, dropout {dropout}: {unit}", ""]
-            text += ["| | " + " | ".join(map(str, lengths)) + " |", "| --- " * 11 + "|"]
-            text[-1] = "| --- " * (len(lengths) + 1) + "|"
+            text += ["| | " + " | ".join(map(str, lengths)) + " |"]
+            text += ["| --- " * (len(lengths) + 1) + "|"]
             for name, entries in table.items():
                 values = [entries.get(n, {}).get(column) or "-" for n in lengths]
                 text.append(f"| {name} | {' | '.join(values)} |")
@@ -310,4 +320,4 @@ def _draw(tables: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    sys.exit(main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]))

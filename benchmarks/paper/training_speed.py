@@ -11,11 +11,13 @@ are full, or padded from lengths uniform in a quarter of the maximum to the maxi
 also remove the padding. Tokens are real ones. The paper's baseline is eager attention alone; what
 ours adds is seen with the same extras on both sides.
 
-Leaves training_speed.csv, .svg and .md in --output.
+Leaves training_speed.csv, .svg and .md in --output. Stops after --budget seconds with exit status
+3; the same command goes on.
 """
 
 import gc
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +35,7 @@ from transformers import (
 
 import hf_flash_patch as hfp
 
+from .loop import Clock
 from .records import Records
 from .training_speed_report import report
 
@@ -209,10 +212,10 @@ def _release(tiny: bool) -> None:
         torch.cuda.empty_cache()
 
 
-def main(arguments: Arguments) -> list[dict]:
-    """Measures what is missing, writes the report; all rows."""
+def main(arguments: Arguments) -> int:
+    """Measures what is not in the CSV yet; returns 0 when all is done, 3 when time is over."""
     logging.set_verbosity_error()
-    start = time.monotonic()
+    clock, status = Clock(arguments.budget), 0
     if arguments.tiny:
         arguments.models, arguments.seqlens = ["tiny-bert", "tiny-gpt2"], [128]
         arguments.tokens = min(arguments.tokens, 512)
@@ -223,8 +226,9 @@ def main(arguments: Arguments) -> list[dict]:
         key = {**vars(cell), "tokens": arguments.tokens, "seed": arguments.seed}
         if records.has(**key):
             continue
-        if time.monotonic() - start > arguments.budget:
-            print(f"{len(wanted) - index} rows are left; the same command goes on.")
+        if clock.over():
+            print(f"{len(wanted) - index} rows are left; run the same command again to go on.")
+            status = 3
             break
         row = measure(cell, arguments)
         _release(arguments.tiny)
@@ -233,8 +237,8 @@ def main(arguments: Arguments) -> list[dict]:
         said = row["outcome"] if speed is None else f"{speed:,.0f} tokens/s"
         print(f"{index + 1:>3} of {len(wanted)}  {' '.join(map(str, vars(cell).values()))}: {said}")
     report(records.rows, output)
-    return records.rows
+    return status
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    sys.exit(main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]))

@@ -1,23 +1,22 @@
 """benchmarks/paper/training_speed.py, in small."""
 
 from benchmarks.paper import training_speed
+from benchmarks.paper.records import Records
 
 
 def run(folder, *extras, **more):
-    return training_speed.main(
-        training_speed.Arguments(
-            tiny=True, steps=1, output=str(folder), extras=list(extras), **more
-        )
-    )
+    options = {"tiny": True, "steps": 1, "output": str(folder), "extras": list(extras)}
+    status = training_speed.main(training_speed.Arguments(**options, **more))
+    return status, Records(folder / "training_speed.csv").rows
 
 
 def test_it_goes_on_and_reports(tmp_path, monkeypatch, capsys):
-    assert run(tmp_path, "none", budget=-1.0) == []
+    assert run(tmp_path, "none", budget=-1.0) == (3, [])
     assert "10 rows are left" in capsys.readouterr().out
-    rows = run(tmp_path, "none")
-    assert len(rows) == 10 and all(row["outcome"] == "ok" for row in rows)
+    status, rows = run(tmp_path, "none")
+    assert status == 0 and len(rows) == 10 and all(row["outcome"] == "ok" for row in rows)
     monkeypatch.setattr(training_speed, "measure", None)
-    assert run(tmp_path, "none") == rows
+    assert run(tmp_path, "none") == (0, rows)
     monkeypatch.undo()
     # The same data, the same weights, no more than dropout's numbers differ.
     losses = [float(row["last_loss"]) for row in rows if row["model"] == "tiny-gpt2"]
@@ -28,5 +27,5 @@ def test_it_goes_on_and_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_extras(tmp_path):
-    rows = run(tmp_path, "loss", contestants=["ours", "ours, no padding"])
+    _, rows = run(tmp_path, "loss", contestants=["ours", "ours, no padding"])
     assert [row["outcome"] for row in rows] == ["ok"] * 4
