@@ -1,4 +1,4 @@
-"""A patched model on two processes: DDP and FSDP2 through accelerate, DeepSpeed where it is."""
+"""A patched model on several processes: DDP, FSDP2 through accelerate, DeepSpeed where it is."""
 
 import pytest
 import torch
@@ -80,29 +80,30 @@ def items_of(batch):
 def on_a_process():
     """Loss and gradients of every case, of this rank's rows."""
     accelerator = Accelerator(cpu=True)
-    found = {}
+    world_size, found = accelerator.num_processes, {}
     for case in CASES:
         model, collate = patched(case)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model, _ = accelerator.prepare(model, optimizer)
-        mine = rows()[accelerator.process_index :: WORLD_SIZE]
+        mine = rows()[accelerator.process_index :: world_size]
         shortest = min(len(row["input_ids"]) for row in rows())
         if collate is full:
             mine = [{name: ids[:shortest] for name, ids in row.items()} for row in mine]
         batch = collate(mine)
         items = items_of(batch)
         dist.all_reduce(items)
-        # Gradients are averaged over the processes, so each counts its loss twice.
-        loss, gradients = loss_and_gradients(model, batch, items / WORLD_SIZE)
+        # Gradients are averaged over the processes, so each counts its loss as often.
+        loss, gradients = loss_and_gradients(model, batch, items / world_size)
         dist.all_reduce(loss)
         if accelerator.is_main_process:  # files: small, and a queue's own threads are not forked
-            found[case] = (loss.item() / WORLD_SIZE, {k: v.tolist() for k, v in gradients.items()})
+            found[case] = (loss.item() / world_size, {k: v.tolist() for k, v in gradients.items()})
     return found
 
 
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
-def test_equal_to_one_process(fsdp):
-    found, _ = run(WORLD_SIZE, on_a_process, fsdp=fsdp)
+def test_equal_to_one_process(fsdp, processes):
+    found, *_ = run(processes, on_a_process, fsdp=fsdp)
     for case in CASES:
         model, collate = patched(case)
         batch = collate(rows())
