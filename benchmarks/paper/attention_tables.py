@@ -341,8 +341,8 @@ def _wait(device: torch.device) -> None:
 
 
 def _release(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
