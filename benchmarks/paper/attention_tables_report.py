@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_flash_patch.bench.cells import short
 
-from .verdict import provenance_line, verdict
+from .verdict import conclusion, provenance_line, verdict
 
 NUMBERS = (
     "fwd_ms", "fwd_spread", "bwd_ms", "bwd_spread", "both_ms", "both_spread", "memory_mb",
@@ -39,7 +39,7 @@ def conclude(rows: list[dict[str, str]], path: Path) -> str:
         path: of figure and text, without suffix.
     """
     cells = {(r["setting"], int(r["seqlen"]), r["contestant"]): _parsed(r) for r in rows}
-    said = "\n".join(_claims(cells)) or "Nothing is measured that a target speaks of."
+    said = conclusion(_claims(cells), rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = path.with_suffix(".svg")
     _draw(cells, figure)

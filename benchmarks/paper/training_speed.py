@@ -1,6 +1,6 @@
 """Training speed and memory of BERT-large and GPT-2 with eager, SDPA's and our attention.
 
-    python -m benchmarks.paper.training_speed                 # one H200, some 40 minutes
+    python -m benchmarks.paper.training_speed                 # one H200, about an hour
     python -m benchmarks.paper.training_speed --workloads gpt2-1024 --extras none --budget 480
     python -m benchmarks.paper.training_speed --tiny          # a minute, on a CPU
 
@@ -30,6 +30,7 @@ import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -288,10 +289,10 @@ class Speeds:
 
         for _ in range(self.arguments.warmup):
             step()
-        marks, tokens = [self._mark()], []
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+        marks, tokens = [self._mark()], []
         for _ in range(self.arguments.steps):
             tokens.append(step())
             marks.append(self._mark())
@@ -348,6 +349,7 @@ def main(arguments: Arguments) -> int:
             speeds.measure(*key)
         except Exception as error:
             print(f"{' '.join(key)} fails: {reason(error)}", flush=True)
+            traceback.print_exc(limit=-4)
             status = FAILED
         speeds.release()
     print(report.conclude(speeds.records.rows, speeds.path))

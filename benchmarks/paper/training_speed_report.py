@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .verdict import provenance_line, verdict
+from .verdict import conclusion, provenance_line, verdict
 
 NUMBERS = ("tokens_per_second", "step_ms", "spread", "peak_gib", "loss")
 OURS = ("hfp", "hfp_unpadded")
@@ -32,7 +32,7 @@ def conclude(rows: list[dict[str, str]], path: Path) -> str:
         path: of figure and text, without suffix.
     """
     speeds = {(r["workload"], r["extras"], r["contestant"]): _parsed(r) for r in rows}
-    said = "\n".join(_claims(speeds)) or "Nothing is measured that a target speaks of."
+    said = conclusion(_claims(speeds), rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = path.with_suffix(".svg")
     _draw(speeds, figure)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def verdict(value: float, target: float, says: str) -> str:
     """ "target >= 5: reached", or "missed".
@@ -12,6 +14,18 @@ def verdict(value: float, target: float, says: str) -> str:
         says: a format of the target.
     """
     return f"target {says.format(target)}: {'reached' if value >= target else 'missed'}"
+
+
+def conclusion(claims: Iterable[str], rows: list[dict[str, str]]) -> str:
+    """The claims, a line each; of a CPU's numbers there are none.
+
+    Args:
+        claims: lines.
+        rows: of the CSV.
+    """
+    if any(row["device"] == "CPU" for row in rows):
+        return "Measured on a CPU, which shows that the script runs; no target speaks of it."
+    return "\n".join(claims) or "Nothing is measured that a target speaks of."
 
 
 def provenance_line(rows: list[dict[str, str]]) -> str:
