@@ -1,322 +1,376 @@
-"""Attention's time and memory by length: the paper's tables 8 to 21, on today's PyTorch.
+"""The FlashAttention paper's tables of attention's time and memory, with our kernels.
 
-    python -m benchmarks.paper.attention_tables           # minutes on a GPU; goes on where it was
-    python -m benchmarks.paper.attention_tables --tiny    # seconds, on a CPU
+    python -m benchmarks.paper.attention_tables                  # one H200, some 15 minutes
+    python -m benchmarks.paper.attention_tables --settings none --lengths 1024 4096 --budget 500
+    python -m benchmarks.paper.attention_tables --tiny           # seconds, on a CPU
 
-Batch 16, 8 heads of 64, fp16, not causal; 128 to 64k tokens; with and without dropout 0.1 and a
-padding mask (lengths uniform in the last 20 tokens). Eager PyTorch, SDPA and FlexAttention against
-ours, dense and under the paper's butterfly and a window with global tokens. Times are of forward,
-backward and both, interleaved with the others of the row's length; memory is the peak of both. A
-contestant that runs out of memory is not asked for longer ones.
+Tables 8 to 21 (arXiv 2205.14135): 16 sequences, 8 heads of 64, fp16, with and without dropout 0.1
+and padding, where all but the last length - 20 to length tokens of a sequence are hidden. Forward,
+backward, both, and the peak memory of both, q, k, v and all gradients included. Contestants:
 
-Leaves attention_tables.csv, .svg and .md in --output. Stops after --budget seconds with exit status
-3; the same command goes on.
+    eager         transformers' eager attention
+    sdpa          PyTorch, its own choice of kernel; sdpa_cudnn: cuDNN's
+    flex          FlexAttention, compiled
+    hfp           our kernels, dense
+    butterfly     ours, block-sparse: every query sees its own block of 128 keys and the next one of
+                  a butterfly, 256 / length of all, the paper's compression
+    local_global  ours, block-sparse: its own block and the first one, which sees all
+
+Everyone's results are compared with the formula before they are timed. What does not fit the
+memory, takes longer than --limit or is not offered (FlexAttention has no dropout) is a row that
+says so. Stops after --budget seconds with exit status 3; the same command goes on.
 """
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import gc
 import math
+import random
+import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
-from statistics import geometric_mean
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import HfArgumentParser
+from transformers.models.bert.modeling_bert import eager_attention_forward
 
-import hf_flash_patch as hfp
-from hf_flash_patch.bench.timing import time_interleaved
+from hf_flash_patch.bench.cells import TILE, Cell
+from hf_flash_patch.bench.check import Reference
+from hf_flash_patch.bench.contestants import Contestant, Refusal, find_peer, reason
+from hf_flash_patch.bench.measure import Wrong, enter
+from hf_flash_patch.bench.problem import Attend, Problem
+from hf_flash_patch.bench.timing import Timing, time_interleaved
+from hf_flash_patch.ops.functional import attention
 
-from .loop import Clock, OutOfTime
+from . import attention_tables_report as report
 from .records import Records
 
-BATCH, HEADS, HEAD_DIM = 16, 8, 64
-PATTERNS = {
-    "ours, butterfly": hfp.masks.butterfly(128),
-    "ours, local + global": hfp.masks.sliding_window(128) | hfp.masks.global_tokens(128),
+SETTINGS = {  # dropout, padding
+    "none": (0.0, False),
+    "dropout": (0.1, False),
+    "padding": (0.0, True),
+    "dropout+padding": (0.1, True),
 }
-PEERS = ("eager", "sdpa", "flex")
-CONTESTANTS = (*PEERS, "ours", *PATTERNS)
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LENGTHS = [2**n for n in range(7, 17)]
+PADDING = 20  # tokens at most, as in the paper
+SLOW = 0.2  # seconds of forward and backward, from where three calls have to do
+BUDGET_SPENT = 3
+
+Layout = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PATTERNS: dict[str, Layout] = {  # block of queries, block of keys -> visible
+    "butterfly": lambda i, j: (i == j) | (i ^ j == 1),
+    "local_global": lambda i, j: (i == j) | (i == 0) | (j == 0),
+}
+CONTESTANTS = ("eager", "sdpa", "sdpa_cudnn", "flex", "hfp", *PATTERNS)
+OURS = ("hfp", *PATTERNS)
 
 
 @dataclass
 class Arguments:
     """What to measure."""
 
-    seqlens: list[int] = field(default_factory=lambda: [2**n for n in range(7, 17)])
+    settings: list[str] = field(
+        default_factory=lambda: list(SETTINGS), metadata={"choices": list(SETTINGS)}
+    )
+    lengths: list[int] = field(default_factory=lambda: LENGTHS, metadata={"help": "tokens"})
     contestants: list[str] = field(
         default_factory=lambda: list(CONTESTANTS), metadata={"choices": list(CONTESTANTS)}
     )
-    dropouts: list[float] = field(default_factory=lambda: [0.0, 0.1])
-    masks: list[str] = field(
-        default_factory=lambda: ["none", "padding"], metadata={"choices": ["none", "padding"]}
-    )
-    rounds: int = 3
-    seed: int = 0
-    budget: float = field(default=540, metadata={"help": "seconds; no length starts after"})
-    output: str = "docs/results"
-    tiny: bool = field(default=False, metadata={"help": "small sizes, on a CPU"})
+    rounds: int = field(default=3, metadata={"help": "turns of each contestant"})
+    limit: float = field(default=10, metadata={"help": "seconds of forward and backward"})
+    budget: float = field(default=math.inf, metadata={"help": "seconds; start no cell after"})
+    backend: str = field(default="cuda", metadata={"help": "of ours: cuda, torch, ..."})
+    output: str = field(default="docs/results", metadata={"help": "folder of CSV, figure, text"})
+    tiny: bool = field(default=False, metadata={"help": "short lengths, on a CPU"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Problem:
-    """Tensors of one length, and who computes them.
+@dataclass(frozen=True)
+class PaperCell(Cell):
+    """A cell of the tables.
 
     Attributes:
-        q, k, v, dout: (batch, seqlen, heads, head_dim).
-        real: bool (batch, seqlen), or None without padding.
+        pattern: of `PATTERNS`, with `density` its visible part; "" if dense.
     """
 
-    def __init__(self, seqlen: int, mask: str, dropout: float, seed: int, tiny: bool):
-        device, dtype = ("cpu", torch.float32) if tiny else ("cuda", torch.float16)
-        draw = torch.Generator(device).manual_seed(seed)
-        batch = 2 if tiny else BATCH
-        shape = (batch, seqlen, HEADS, HEAD_DIM)
+    pattern: str = ""
 
-        def random() -> torch.Tensor:
-            return torch.randn(shape, generator=draw, dtype=dtype, device=device)
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the sequences; padding is on the left, where it costs the same."""
+        if self.layout == "dense":
+            return (self.seqlen,) * self.batch
+        draw = random.Random(0)
+        shortest = max(1, self.seqlen - PADDING)
+        return tuple(draw.randint(shortest, self.seqlen) for _ in range(self.batch))
 
-        self.q, self.k, self.v = (random().requires_grad_() for _ in range(3))
-        self.dout, self.dropout, self.real = random(), dropout, None
-        if mask == "padding":
-            short = torch.randint(0, 21, (batch, 1), generator=draw, device=device)
-            self.real = torch.arange(seqlen, device=device) < seqlen - short
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """bool (num_heads, n, n), of the pattern."""
+        return block_layout(self.pattern, self.seqlen).expand(self.num_heads, -1, -1)
 
-    def call(self, name: str) -> Call:
-        """What computes attention; raises ValueError where a contestant has no dropout."""
-        if name == "eager":
-            return self._eager
-        if name == "sdpa":
-            visible = None if self.real is None else self.real[:, None, None]
-            return lambda q, k, v: F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), visible, self.dropout
-            ).transpose(1, 2)
-        if name == "flex":
-            return self._flex()
-        pattern = PATTERNS.get(name)
-        lists = None
-        if pattern is not None:
-            seqlen = self.q.shape[1]
-            lists = pattern.block_mask(seqlen, seqlen, HEADS, self.q.device)
-        return lambda q, k, v: hfp.flash_attn_func(
-            q, k, v, self.dropout, block_mask=lists, key_padding_mask=self.real
-        )
 
-    def _eager(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def block_layout(pattern: str, seqlen: int) -> torch.Tensor:
+    """bool (n, n): which blocks of keys a block of queries sees."""
+    places = torch.arange(seqlen // TILE)
+    return PATTERNS[pattern](places[:, None], places)
+
+
+def paper_cell(setting: str, seqlen: int, tiny: bool) -> PaperCell:
+    """The dense cell of a setting and a length."""
+    dropout, padded = SETTINGS[setting]
+    batch, num_heads, head_dim = 16, 8, 64
+    if tiny:  # The check of dropout is one of statistics, over 32 heads here.
+        batch, num_heads, head_dim = 16 if dropout else 1, 2, 16
+    return PaperCell(
+        group=setting,
+        layout="padded" if padded else "dense",
+        head_dim=head_dim,
+        causal=False,
+        seqlen=seqlen,
+        batch=batch,
+        num_heads=num_heads,
+        num_heads_k=num_heads,
+        dropout=dropout,
+    )
+
+
+def find(name: str, backend: str) -> Contestant | str:
+    """A contestant; or, in a sentence, why it is not there."""
+    if name == "flex":
+        return find_peer(name)
+    binds: dict[str, Callable[[Problem], Attend]] = {
+        "eager": _eager,
+        "sdpa": lambda problem: _sdpa(problem, None),
+        "sdpa_cudnn": lambda problem: _sdpa(problem, SDPBackend.CUDNN_ATTENTION),
+    }
+    return Contestant(name, "", binds.get(name) or (lambda problem: _ours(problem, backend)))
+
+
+def _ours(problem: Problem, backend: str) -> Attend:
+    mask, dropout = problem.mask, problem.cell.dropout
+    return lambda q, k, v: attention(q, k, v, mask=mask, dropout_p=dropout, backend=backend)
+
+
+def _eager(problem: Problem) -> Attend:
+    module = torch.nn.Module().train()
+    bias = None
+    if problem.cell.ragged:
+        lowest = torch.finfo(problem.q.dtype).min
+        bias = (~problem.real[:, None, None]).to(problem.q.dtype) * lowest
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.mT * HEAD_DIM**-0.5
-        if self.real is not None:
-            scores = scores.masked_fill(~self.real[:, None, None], float("-inf"))
-        return (F.dropout(scores.softmax(-1), self.dropout) @ v).transpose(1, 2)
+        return eager_attention_forward(module, q, k, v, bias, dropout=problem.cell.dropout)[0]
 
-    def _flex(self) -> Call:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        if self.dropout:
-            raise ValueError("FlexAttention has no dropout.")
-        torch._functorch.config.donated_buffer = False  # a backward is repeated
-        torch._dynamo.reset()
-        real, lists = self.real, None
-        if real is not None:
-            size = (real.shape[0], None, real.shape[1], real.shape[1], str(real.device))
-            lists = create_block_mask(lambda b, h, i, j: real[b, j], *size)
-        compiled = flex_attention
-        if self.q.is_cuda:
-            compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-        return lambda q, k, v: compiled(
-            *(x.transpose(1, 2) for x in (q, k, v)), block_mask=lists
-        ).transpose(1, 2)
-
-    def gradients(self, out: torch.Tensor, again: bool = True) -> tuple[torch.Tensor, ...]:
-        """dq, dk, dv."""
-        return torch.autograd.grad(out, (self.q, self.k, self.v), self.dout, retain_graph=again)
+    return attend
 
 
-def measure(problem: Problem, names: list[str], rounds: int) -> dict[str, dict]:
-    """Milliseconds and peak MiB of each; an outcome where there are none."""
-    found: dict[str, dict] = {}
-    calls: dict[str, Call] = {}
-    for name in names:
-        row: dict = dict.fromkeys(("fwd_ms", "bwd_ms", "both_ms", "peak_mib"))
+def _sdpa(problem: Problem, backend: SDPBackend | None) -> Attend:
+    seen = problem.real[:, None, None] if problem.cell.ragged else None
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            options: dict[str, Any] = {"attn_mask": seen, "dropout_p": problem.cell.dropout}
+            return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+    return attend
+
+
+class Tables:
+    """A run of the command: which cells are left, and what they are measured with."""
+
+    def __init__(self, arguments: Arguments):
+        if arguments.tiny:
+            arguments = replace(arguments, lengths=[128, 256], device="cpu", backend="torch")
+            kept = [name for name in arguments.contestants if name not in ("flex", "sdpa_cudnn")]
+            arguments = replace(arguments, contestants=kept, rounds=1)
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        name = "attention-tables" + ("-tiny" if arguments.tiny else "")
+        self.path = Path(arguments.output) / name
+        self.records = Records(self.path.with_suffix(".csv"))
+
+    def left(self) -> Iterator[tuple[str, int, list[str]]]:
+        """Setting, length and contestants without a row."""
+        for setting, seqlen in product(self.arguments.settings, sorted(self.arguments.lengths)):
+            names = [
+                name
+                for name in self.arguments.contestants
+                if not self.records.has(setting=setting, seqlen=seqlen, contestant=name)
+            ]
+            if names:
+                yield setting, seqlen, names
+
+    def measure(self, setting: str, seqlen: int, names: list[str]) -> None:
+        """Rows of one setting and length.
+
+        Raises:
+            RuntimeError: ours is wrong or does not serve the cell.
+        """
+        cell = paper_cell(setting, seqlen, self.arguments.tiny)
+        found: dict[str, tuple[Problem, Attend]] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for name in names:
+            rows[name], served = self._try(name, cell)
+            if served is not None:
+                found[name] = served
+            _release(self.device)
+        slow = {name for name in found if rows[name]["seconds"] > SLOW}
+        for direction in ("fwd", "bwd", "both"):
+            calls = {name: _call(direction, *served) for name, served in found.items()}
+            for name, timing in self._time(calls, slow).items():
+                rows[name][f"{direction}_ms"] = timing.median
+                rows[name][f"{direction}_spread"] = timing.spread
+            del calls
+            _release(self.device)
+        for row in rows.values():
+            del row["seconds"]
+            self.records.add(row)
+            _print(row)
+
+    def _time(self, calls: dict[str, Callable[[], object]], slow: set[str]) -> dict[str, Timing]:
+        """In turns; by the clock what takes so long that the host does not count, and on a CPU."""
+        device = self.device
+        alone = slow if device.type == "cuda" else set(calls)
+        turns = {name: call for name, call in calls.items() if name not in alone}
+        times = time_interleaved(turns, rounds=self.arguments.rounds) if turns else {}
+        return times | {name: time_by_clock(calls[name], device) for name in alone}
+
+    def _try(
+        self, name: str, cell: PaperCell
+    ) -> tuple[dict[str, Any], tuple[Problem, Attend] | None]:
+        """The row so far, and what is to be timed, if anything."""
+        if name in PATTERNS:
+            density = block_layout(name, cell.seqlen).float().mean().item()
+            cell = replace(cell, pattern=name, density=density)
+        row = {
+            "setting": cell.group,
+            "seqlen": cell.seqlen,
+            "contestant": name,
+            "batch": cell.batch,
+            "num_heads": cell.num_heads,
+            "head_dim": cell.head_dim,
+            "dropout": cell.dropout,
+            "padded": cell.ragged,
+            "density": cell.density or 1.0,
+            "outcome": "ok",
+            **dict.fromkeys(report.NUMBERS),
+            "seconds": None,
+        }
+        contestant = find(name, self.arguments.backend)
+        if isinstance(contestant, str):
+            return row | {"outcome": f"absent: {contestant}"}, None
         try:
-            call = problem.call(name)
-            problem.gradients(call(problem.q, problem.k, problem.v), again=False)  # compiles
-            row["peak_mib"] = _peak(problem, call)
-            row["outcome"], calls[name] = "ok", call
+            served, row["memory_mb"], row["seconds"] = self._enter(contestant, cell)
         except torch.OutOfMemoryError:
-            row["outcome"] = "out of memory"
-        except (ValueError, NotImplementedError) as error:
-            row["outcome"] = str(error).splitlines()[0]
-        found[name] = row
-        _release(problem)
-    for direction in ("fwd", "bwd", "both"):
-        timed = {}
-        for name, call in calls.items():
-            timed[name] = _timed(problem, call, direction)
-        for name, milliseconds in _times(timed, rounds, problem.q.is_cuda).items():
-            found[name][f"{direction}_ms"] = round(milliseconds, 5)
-        del timed
-        _release(problem)
-    return found
+            return row | {"outcome": "out of memory"}, None
+        except Exception as error:
+            if name in OURS:
+                raise RuntimeError(f"{name} fails at {cell.name}: {error}") from error
+            text = str(error) if isinstance(error, Refusal) else reason(error)
+            verdict = "wrong" if isinstance(error, Wrong) else "not served"
+            return row | {"outcome": f"{verdict}: {text}"}, None
+        if row["seconds"] > self.arguments.limit:
+            return row | {"outcome": f"over {self.arguments.limit:g} s"}, None
+        return row, served
+
+    def _enter(
+        self, contestant: Contestant, cell: PaperCell
+    ) -> tuple[tuple[Problem, Attend], float | None, float]:
+        """Checked; with the peak in MB and the seconds of one forward and backward."""
+        # The same numbers for everyone, in tensors of one's own: the largest are 4.3 GB.
+        problem = Problem(cell, dtype=torch.float16, device=self.device)
+        attend = enter(contestant, problem, Reference(problem), True).attend
+        _release(self.device)
+        cuda = self.device.type == "cuda"
+        _wait(self.device)
+        own = sum(x.nbytes for x in (problem.q, problem.k, problem.v, problem.dout))
+        others = torch.cuda.memory_allocated() - own if cuda else 0
+        start = time.perf_counter()
+        _both(problem, attend)
+        _wait(self.device)
+        seconds = time.perf_counter() - start
+        peak = (torch.cuda.max_memory_allocated() - others) / 1e6 if cuda else None
+        return (problem, attend), peak, seconds
 
 
-def _timed(problem: Problem, call: Call, direction: str) -> Callable[[], object]:
-    inputs = (problem.q, problem.k, problem.v)
-    if direction == "fwd":
-        return lambda: call(*inputs)
+def _both(problem: Problem, attend: Attend) -> tuple[torch.Tensor, ...]:
+    leaves = (problem.q, problem.k, problem.v)
+    return torch.autograd.grad(attend(*leaves), leaves, problem.dout)
+
+
+def _call(direction: str, problem: Problem, attend: Attend) -> Callable[[], object]:
     if direction == "both":
-        return lambda: problem.gradients(call(*inputs), again=False)
-    out = call(*inputs)
+        return lambda: _both(problem, attend)
+    if direction == "fwd":
+        return lambda: attend(problem.q, problem.k, problem.v)
+    out = attend(problem.q, problem.k, problem.v)
     return lambda: problem.gradients(out)
 
 
-def _times(calls: dict[str, Callable[[], object]], rounds: int, cuda: bool) -> dict[str, float]:
-    if cuda:
-        return {n: t.median for n, t in time_interleaved(calls, rounds=rounds).items()}
-    found = {}
-    for name, call in calls.items():
+def time_by_clock(call: Callable[[], object], device: torch.device) -> Timing:
+    """The median of three calls, waiting for each."""
+    times = []
+    for _ in range(3):
+        _wait(device)
         start = time.perf_counter()
         call()
-        found[name] = 1e3 * (time.perf_counter() - start)
-    return found
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return Timing(statistics.median(times), max(times) / min(times) - 1)
 
 
-def _peak(problem: Problem, call: Call) -> float | None:
-    if not problem.q.is_cuda:
-        return None
-    _release(problem)
-    torch.cuda.reset_peak_memory_stats()
-    problem.gradients(call(problem.q, problem.k, problem.v), again=False)
-    torch.cuda.synchronize()
-    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def _release(problem: Problem) -> None:
-    gc.collect()
-    if problem.q.is_cuda:
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _print(row: dict[str, Any]) -> None:
+    line = f"{row['setting']:16}{row['seqlen']:>6}  {row['contestant']:13}"
+    if row["outcome"] == "ok":
+        line += "".join(f"{row[f'{name}_ms']:11.3f} ms {name}" for name in ("fwd", "bwd", "both"))
+        if row["memory_mb"] is not None:
+            line += f"{row['memory_mb']:10,.0f} MB"
+    print(line if row["outcome"] == "ok" else line + row["outcome"], flush=True)
 
 
 def main(arguments: Arguments) -> int:
-    """Measures what is not in the CSV yet; returns 0 when all is done, 3 when time is over."""
-    clock, status = Clock(arguments.budget), 0
-    if arguments.tiny:
-        arguments.seqlens = [128, 256]
-    output = Path(arguments.output)
-    records = Records(output / "attention_tables.csv")
-    try:
-        for settings in product(arguments.masks, arguments.dropouts):
-            _lengths(arguments, records, clock, *settings)
-    except OutOfTime:
-        status = 3
-        print("Time is over; run the same command again to go on.")
-    report(records.rows, output)
+    """Measures what has no row yet, draws and concludes; the exit status."""
+    start = time.monotonic()
+    tables = Tables(arguments)
+    left = list(tables.left())
+    status = 0
+    for done, (setting, seqlen, names) in enumerate(left):
+        if time.monotonic() - start > arguments.budget:
+            print(f"The budget of {arguments.budget:g} s is spent: {len(left) - done} cells left.")
+            status = BUDGET_SPENT
+            break
+        print(f"[{done + 1}/{len(left)}] {setting}, {seqlen} tokens", flush=True)
+        tables.measure(setting, seqlen, names)
+    print(report.conclude(tables.records.rows, tables.path))
     return status
-
-
-def _lengths(
-    arguments: Arguments, records: Records, clock: Clock, mask: str, dropout: float
-) -> None:
-    too_long: set[str] = set()
-    for seqlen in sorted(arguments.seqlens):
-        key = {"seqlen": seqlen, "mask": mask, "dropout": dropout}
-        names = [
-            name
-            for name in arguments.contestants
-            if name not in too_long and not records.has(**key, contestant=name)
-        ]
-        if not names:
-            continue
-        clock.check()
-        problem = Problem(seqlen, mask, dropout, arguments.seed, arguments.tiny)
-        for name, row in measure(problem, names, arguments.rounds).items():
-            if row["outcome"] != "ok":
-                too_long.add(name)
-            density = PATTERNS[name].density(seqlen) if name in PATTERNS else 1.0
-            more = {"density": round(density, 6), "seed": arguments.seed}
-            dtype = str(problem.q.dtype).removeprefix("torch.")
-            records.add({**key, "contestant": name, **row, **more, "dtype": dtype})
-        print(f"{seqlen:>6} tokens, mask {mask}, dropout {dropout}: {', '.join(names)}")
-        del problem
-
-
-def report(rows: list[dict[str, str]], folder: Path) -> None:
-    """Writes attention_tables.md and .svg."""
-    if not rows:
-        return
-    last = rows[-1]
-    text = ["# Attention by length", ""]
-    text += [f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, {last['dtype']}; {last['device']}, "]
-    text[-1] += f"torch {last['torch']}, commit {last['commit']}, seed {last['seed']}."
-    tables: dict[tuple[str, str], dict[str, dict[int, dict[str, str]]]] = {}
-    for row in rows:
-        table = tables.setdefault((row["mask"], row["dropout"]), {})
-        table.setdefault(row["contestant"], {})[int(row["seqlen"])] = row
-    for (mask, dropout), table in tables.items():
-        lengths = sorted({n for entries in table.values() for n in entries})
-        for column, unit in (("both_ms", "ms, forward and backward"), ("peak_mib", "MiB")):
-            text += ["", f"## Mask {mask}, dropout {dropout}: {unit}", ""]
-            text += ["| | " + " | ".join(map(str, lengths)) + " |"]
-            text += ["| --- " * (len(lengths) + 1) + "|"]
-            for name, entries in table.items():
-                values = [entries.get(n, {}).get(column) or "-" for n in lengths]
-                text.append(f"| {name} | {' | '.join(values)} |")
-        text += ["", *conclusions(table)]
-    text += ["", f"Command: `{last['command']}`"]
-    (folder / "attention_tables.md").write_text("\n".join(text) + "\n")
-    _draw(tables, folder / "attention_tables.svg")
-
-
-def conclusions(table: dict[str, dict[int, dict[str, str]]]) -> list[str]:
-    """Lines: ours against each peer from 1k to 8k, memory at 4k, block-sparse against its ideal."""
-    found = []
-    ours = {n: row for n, row in table.get("ours", {}).items() if row["outcome"] == "ok"}
-    for peer in PEERS:
-        ratios = [
-            float(row["both_ms"]) / float(ours[n]["both_ms"])
-            for n, row in table.get(peer, {}).items()
-            if row["outcome"] == "ok" and n in ours and 1024 <= n <= 8192
-        ]
-        if ratios:
-            found.append(
-                f"* {geometric_mean(ratios):.2f} times as fast as {peer} from 1k to 8k (mean; at "
-                f"least {min(ratios):.2f})."
-            )
-        theirs = table.get(peer, {}).get(4096, {}).get("peak_mib")
-        if theirs and 4096 in ours:
-            ratio = float(theirs) / float(ours[4096]["peak_mib"])
-            found.append(f"* {ratio:.1f} times less memory than {peer} at 4k.")
-    for name in PATTERNS:
-        done = [n for n, row in table.get(name, {}).items() if row["outcome"] == "ok" and n in ours]
-        if done:
-            n = max(done)
-            row = table[name][n]
-            gain = float(ours[n]["both_ms"]) / float(row["both_ms"])
-            ideal = 1 / float(row["density"])
-            found.append(
-                f"* {name}: {gain:.1f} times as fast as dense at {n}, {gain / ideal:.0%} of what a "
-                f"density of {float(row['density']):.2%} would give."
-            )
-    return found
-
-
-def _draw(tables: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
-    axes = figure.subplots(1, len(tables), squeeze=False)[0]
-    for axis, ((mask, dropout), table) in zip(axes, tables.items(), strict=True):
-        for name, entries in table.items():
-            done = {n: float(row["both_ms"]) for n, row in entries.items() if row["both_ms"]}
-            axis.plot(list(done), [ms if ms else math.nan for ms in done.values()], label=name)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward and backward")
-        axis.set_xscale("log", base=2)
-        axis.set_title(f"mask {mask}, dropout {dropout}", fontsize=9)
-        axis.legend(fontsize=6)
-    figure.savefig(path)
 
 
 if __name__ == "__main__":
