@@ -66,8 +66,8 @@ def _settings(cells: Cells) -> list[str]:
     return list(dict.fromkeys(setting for setting, _, _ in cells))
 
 
-def _value(cells: Cells, number: str, *key: Any) -> float | None:
-    row = cells.get(key)  # type: ignore[call-overload]
+def _value(cells: Cells, number: str, setting: str, seqlen: int, contestant: str) -> float | None:
+    row = cells.get((setting, seqlen, contestant))
     return row[number] if row and row["outcome"] == "ok" else None
 
 

@@ -52,9 +52,9 @@ def _parsed(row: dict[str, str]) -> dict[str, Any]:
     return {**row, **{name: float(row[name]) if row[name] else None for name in NUMBERS}}
 
 
-def _rate(speeds: Speeds, *key: str) -> float:
+def _rate(speeds: Speeds, workload: str, extras: str, contestant: str) -> float:
     """Tokens a second; 0 where there is no number."""
-    row = speeds.get(key)  # type: ignore[call-overload]
+    row = speeds.get((workload, extras, contestant))
     return (row and row["tokens_per_second"]) or 0.0
 
 
