@@ -145,6 +145,9 @@ def test_tables_conclusion(tmp_path):
     assert "21.0 times less memory than eager" in said[2] and said[2].endswith("reached.")
     assert "166.7 times as fast" in said[3] and "65% of the ideal" in said[3]
     assert said[3].endswith(">= 58%: reached.")
+    text = (tmp_path / "a.md").read_text()
+    assert "| paper's FlashAttention, A100 | 2.29 | 30.09 | 7492.85 |" in text
+    assert "| paper's PyTorch, A100 | 1184 | 17024 |  |" in text
 
 
 # Training.
