@@ -339,3 +339,8 @@ def test_speeds_conclusion(tmp_path):
     assert said[2].endswith("none 1.11; target >= 1.12 everywhere: missed.")
     assert said[3].endswith("none 1.50; target >= 1.4 everywhere: reached.")
     assert "| gpt2-4096 | none | eager | out of memory |" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.parametrize("report", [tables_report, speed_report])
+def test_no_rows_yet(report, tmp_path):
+    assert report.conclude([], tmp_path / "a") == "Nothing is measured that a target speaks of."
