@@ -36,10 +36,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +162,8 @@ def find(name: str, backend: str) -> Contestant | str:
 
 def _ours(problem: Problem, backend: str) -> Attend:
     mask, dropout = problem.mask, problem.cell.dropout
-    return lambda q, k, v: attention(q, k, v, mask=mask, dropout_p=dropout, backend=backend)
+    options: dict[str, Any] = {"mask": mask, "dropout_p": dropout, "backend": backend}
+    return cast(Attend, partial(attention, **options))
 
 
 def _eager(problem: Problem) -> Attend:
@@ -258,7 +259,7 @@ class Tables:
         if name in PATTERNS:
             density = block_layout(name, cell.seqlen).float().mean().item()
             cell = replace(cell, pattern=name, density=density)
-        row = {
+        row: dict[str, Any] = {
             "setting": cell.group,
             "seqlen": cell.seqlen,
             "contestant": name,

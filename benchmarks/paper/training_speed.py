@@ -225,7 +225,7 @@ class Speeds:
                 undo.enter_context(hfp.memory.chunked_loss(model))
             batches = make_batches(workload, vocab_size, self.device)
             loss = self._check(model, batches[0], name)
-            trained = model
+            trained: torch.nn.Module = model
             if "compile" in extras:
                 trained = torch.compile(model, backend=self.arguments.compiler)
             times, tokens, peak = self._steps(trained.train(), batches)
@@ -248,7 +248,7 @@ class Speeds:
         with self.device:
             model = auto.from_config(config, attn_implementation=attention, dtype=torch.float32)
         if contestant.startswith("hfp"):
-            unpad = {"remove_padding": True} if contestant == "hfp_unpadded" else {}
+            unpad: dict[str, Any] = {"remove_padding": True} if contestant == "hfp_unpadded" else {}
             hfp.patch(model, backend=self.arguments.backend, **unpad)
         return model
 

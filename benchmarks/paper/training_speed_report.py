@@ -52,9 +52,9 @@ def _parsed(row: dict[str, str]) -> dict[str, Any]:
     return {**row, **{name: float(row[name]) if row[name] else None for name in NUMBERS}}
 
 
-def _rate(speeds: Speeds, *key: str) -> float:
+def _rate(speeds: Speeds, workload: str, extras: str, contestant: str) -> float:
     """Tokens a second; 0 where there is no number."""
-    row = speeds.get(key)  # type: ignore[call-overload]
+    row = speeds.get((workload, extras, contestant))
     return (row and row["tokens_per_second"]) or 0.0
 
 
@@ -65,9 +65,10 @@ def _extras(speeds: Speeds) -> list[str]:
 def _claims(speeds: Speeds) -> Iterator[str]:
     for workload, target in BEST_OVER_EAGER.items():
         eager = _rate(speeds, workload, "none", "eager")
-        best, name, extras = max(
+        ours = [
             (_rate(speeds, workload, e, name), name, e) for e in _extras(speeds) for name in OURS
-        )
+        ]
+        best, name, extras = max(ours, default=(0.0, "", ""))
         if eager and best:
             yield (
                 f"- {workload}: the best of ours ({name}, extras: {extras}) is {best / eager:.2f} "
@@ -108,21 +109,24 @@ def _draw(speeds: Speeds, path: Path) -> None:
     columns = 4
     lines = max(1, -(-len(workloads) // columns))
     figure = Figure(figsize=(14, 0.6 + 2.8 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    handles: dict[str, Any] = {}
     for axis, workload in zip(axes, workloads, strict=False):
         names = [n for n in COLOURS if any((workload, e, n) in speeds for e in extras)]
         width = 0.84 / len(names)
         for index, name in enumerate(names):
             places = [i + (index - (len(names) - 1) / 2) * width for i in range(len(extras))]
             rates = [_rate(speeds, workload, e, name) for e in extras]
-            axis.bar(places, rates, width, color=COLOURS[name], label=name)
+            handles[name] = axis.bar(places, rates, width, color=COLOURS[name])
         axis.set_xticks(range(len(extras)), extras, fontsize=8)
         axis.set_title(workload, fontsize=10)
         axis.set_ylabel("tokens/s", fontsize=8)
         axis.tick_params("y", labelsize=8)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-        axis.legend(fontsize=7)
-    for axis in list(axes)[len(workloads) :]:
+    for axis in axes[len(workloads) :]:
         axis.set_axis_off()
+    if handles:
+        place = {"loc": "outside lower center", "ncols": len(handles)}
+        figure.legend(list(handles.values()), list(handles), fontsize=9, **place)
     figure.savefig(path)

@@ -118,9 +118,8 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
             device = str(problem.q.device)
             # Uncompiled it makes the whole mask, 64 GiB for 16 padded sequences of 65536.
             large = (batch or 1) * seqlen**2 > MASK_BYTES
-            block_mask = create_block_mask(
-                and_masks(*rules), batch, None, seqlen, seqlen, device, _compile=large
-            )
+            create = torch.compile(create_block_mask) if large else create_block_mask
+            block_mask = create(and_masks(*rules), batch, None, seqlen, seqlen, device)
         # One compilation a shape. Without the reset the ninth would silently run uncompiled, and
         # with donated buffers a backward cannot be repeated.
         torch._functorch.config.donated_buffer = False

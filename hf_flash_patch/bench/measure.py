@@ -139,6 +139,7 @@ def enter(contestant: Contestant, problem: Problem, reference: Reference, backwa
     dropout = problem.cell.dropout
     plain: Tensors = ()
     if dropout:
+        contestant.bind(problem)  # Who refuses dropout shall not compute without it first.
         _, plain = _run(contestant, problem.without_dropout(), backward)
         _checked(reference.check, plain)
         plain = tuple(x.detach() for x in plain)  # one graph at a time: eager attention's is large

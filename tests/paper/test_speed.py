@@ -145,6 +145,9 @@ def test_tables_conclusion(tmp_path):
     assert "21.0 times less memory than eager" in said[2] and said[2].endswith("reached.")
     assert "166.7 times as fast" in said[3] and "65% of the ideal" in said[3]
     assert said[3].endswith(">= 58%: reached.")
+    text = (tmp_path / "a.md").read_text()
+    assert "| paper's FlashAttention, A100 | 2.29 | 30.09 | 7492.85 |" in text
+    assert "| paper's PyTorch, A100 | 1184 | 17024 |  |" in text
 
 
 # Training.
@@ -333,3 +336,8 @@ def test_speeds_conclusion(tmp_path):
     assert said[2].endswith("none 1.11; target >= 1.12 everywhere: missed.")
     assert said[3].endswith("none 1.50; target >= 1.4 everywhere: reached.")
     assert "| gpt2-4096 | none | eager | out of memory |" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.parametrize("report", [tables_report, speed_report])
+def test_no_rows_yet(report, tmp_path):
+    assert report.conclude([], tmp_path / "a") == "Nothing is measured that a target speaks of."
