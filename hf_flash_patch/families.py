@@ -25,6 +25,8 @@ class Family:
         buffers: paths of buffers as long as `length`, below the same model.
         fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute
             in any case.
+        encoder: path of the module below the same model that runs the layers, if a layer treats
+            every token by itself but in its attention; "" otherwise. Whose padding can be removed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Family:
     reserved: str = ""
     buffers: tuple[str, ...] = ()
     fp32_scores: str | None = None
+    encoder: str = ""
 
 
 _BERT_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -51,7 +54,6 @@ FAMILIES = (
             "bert-generation",
             "mobilebert",
             "splinter",
-            "layoutlm",
             "convbert",
             "megatron-bert",
             "rembert",
@@ -62,6 +64,7 @@ FAMILIES = (
         positions="learned",
         table="embeddings.position_embeddings",
         buffers=_BERT_BUFFERS,
+        encoder="encoder",
     ),
     Family(
         "RoBERTa-like",
@@ -72,11 +75,25 @@ FAMILIES = (
             "camembert",
             "data2vec-text",
             "roberta-prelayernorm",
-            "xmod",
-            "mpnet",
-            "longformer",
-            "markuplm",
         ),
+        causal=False,
+        positions="learned",
+        table="embeddings.position_embeddings",
+        reserved="padding_idx",
+        buffers=_BERT_BUFFERS,
+        encoder="encoder",
+    ),
+    Family(
+        "LayoutLM",
+        ("layoutlm",),
+        causal=False,
+        positions="learned",
+        table="embeddings.position_embeddings",
+        buffers=("embeddings.position_ids",),
+    ),
+    Family(  # RoBERTa's table under layers that know rows: languages, distances, masks of their own
+        "XMOD, MPNet, Longformer, MarkupLM",
+        ("xmod", "mpnet", "longformer", "markuplm"),
         causal=False,
         positions="learned",
         table="embeddings.position_embeddings",
@@ -90,6 +107,7 @@ FAMILIES = (
         positions="learned",
         table="embeddings.position_embeddings",
         buffers=("embeddings.position_ids",),
+        encoder="transformer",
     ),
     Family(
         "ModernBERT-like",

@@ -130,6 +130,7 @@ class Report:
         notes: anything else a user should know.
         context: how the context was extended; None if it was not.
         mask: the pattern put on top of the model's own masks; None for none.
+        padding: for whose layers padding is taken out; None for none.
     """
 
     model: str
@@ -142,6 +143,7 @@ class Report:
     notes: tuple[str, ...] = ()
     context: ContextReport | None = None
     mask: str | None = None
+    padding: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data (JSON)."""
@@ -164,7 +166,8 @@ class Report:
             ("context", context),
             *(self.context.lines() if self.context is not None else ()),
         ]
-        return facts if self.mask is None else [*facts, ("mask", self.mask)]
+        own = (("mask", self.mask), ("padding", self.padding))
+        return [*facts, *((label, text) for label, text in own if text is not None)]
 
     def __str__(self) -> str:
         lines = [f"{label:<9}{value}" for label, value in self.facts()]

@@ -107,7 +107,10 @@ def hfp_attention(
 
     varlen: MaskArguments | None = None
     doc_range = None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if mask.cu_seqlens is not None and mask.padding is not None:
+        longest = mask.padding.seqlen
+        varlen = MaskArguments(mask.cu_seqlens, mask.cu_seqlens, longest, longest)
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if bias is None and mask.is_plain and request.batch_size == 1:
             varlen = MaskArguments(
                 cu_seqlens_q=cu_seq_lens_q.int(),

@@ -33,6 +33,20 @@ _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
 
 @dataclass(frozen=True, eq=False)
+class Padding:
+    """What was taken out of a batch.
+
+    Attributes:
+        batch_size, seqlen: of the batch.
+        real: int64 (total,), which of its batch_size * seqlen tokens are real.
+    """
+
+    batch_size: int
+    seqlen: int
+    real: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionMask:
     """Who may see whom, for every layer of one forward; positions are rows of the key tensor.
 
@@ -47,6 +61,9 @@ class AttentionMask:
         dense: bool (batch or 1, num_heads or 1, seqlen_q, seqlen_k) or None; what none of the
             above can say.
         device: where its tensors are.
+        cu_seqlens: int32 (sequences + 1,) or None; a batch of one row that holds sequences one
+            after the other, none longer than `padding.seqlen`.
+        padding: what was taken out to make that row, or None.
         q_start, k_start: positions of the first query (a tensor of one element where only the
             device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
         block_mask: lists of blocks, or None.
@@ -65,6 +82,8 @@ class AttentionMask:
     key_bits: torch.Tensor | None = None
     doc_range: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    padding: Padding | None = None
     q_start: int | torch.Tensor | None = None
     k_start: int = 0
     block_mask: BlockMask | None = None
@@ -84,11 +103,12 @@ class AttentionMask:
     def is_plain(self) -> bool:
         """Whether causality and the window are all there is."""
         hides = (self.seqused_k, self.key_range, self.doc_range, self.dense, self.block_mask)
-        return all(rule is None for rule in hides)
+        return all(rule is None for rule in (*hides, self.cu_seqlens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on `device`; accelerate moves what a layer is given to its device."""
-        names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
+        names = ["seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense"]
+        names += ["cu_seqlens"]
         moved: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
             for name in names
@@ -157,6 +177,9 @@ class AttentionMask:
         if self.key_range is not None:
             visible = visible & _in_range(key, self.key_range[:, None, None, :])
         ranges = packing.intersect(self.doc_range, doc_range)
+        if self.cu_seqlens is not None:
+            rows = packing.ranges_from_cu_seqlens(self.cu_seqlens, self.seqlen_k)
+            ranges = packing.intersect(ranges, rows)
         if ranges is not None:
             visible = visible & _in_range(key, ranges[:, None])
         if self.block_mask is not None:
