@@ -25,8 +25,6 @@ class Family:
         buffers: paths of buffers as long as `length`, below the same model.
         fp32_scores: config attribute that asks for fp32 attention scores, which the kernels compute
             in any case.
-        encoder: path of the module below the same model that runs the layers, if a layer treats
-            every token by itself but in its attention; "" otherwise. Whose padding can be removed.
     """
 
     name: str
@@ -38,7 +36,6 @@ class Family:
     reserved: str = ""
     buffers: tuple[str, ...] = ()
     fp32_scores: str | None = None
-    encoder: str = ""
 
 
 _BERT_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
@@ -54,6 +51,7 @@ FAMILIES = (
             "bert-generation",
             "mobilebert",
             "splinter",
+            "layoutlm",
             "convbert",
             "megatron-bert",
             "rembert",
@@ -64,7 +62,6 @@ FAMILIES = (
         positions="learned",
         table="embeddings.position_embeddings",
         buffers=_BERT_BUFFERS,
-        encoder="encoder",
     ),
     Family(
         "RoBERTa-like",
@@ -75,25 +72,11 @@ FAMILIES = (
             "camembert",
             "data2vec-text",
             "roberta-prelayernorm",
+            "xmod",
+            "mpnet",
+            "longformer",
+            "markuplm",
         ),
-        causal=False,
-        positions="learned",
-        table="embeddings.position_embeddings",
-        reserved="padding_idx",
-        buffers=_BERT_BUFFERS,
-        encoder="encoder",
-    ),
-    Family(
-        "LayoutLM",
-        ("layoutlm",),
-        causal=False,
-        positions="learned",
-        table="embeddings.position_embeddings",
-        buffers=("embeddings.position_ids",),
-    ),
-    Family(  # RoBERTa's table under layers that know rows: languages, distances, masks of their own
-        "XMOD, MPNet, Longformer, MarkupLM",
-        ("xmod", "mpnet", "longformer", "markuplm"),
         causal=False,
         positions="learned",
         table="embeddings.position_embeddings",
@@ -107,7 +90,6 @@ FAMILIES = (
         positions="learned",
         table="embeddings.position_embeddings",
         buffers=("embeddings.position_ids",),
-        encoder="transformer",
     ),
     Family(
         "ModernBERT-like",
@@ -213,6 +195,26 @@ UNBOUNDED = {
     "sinusoidal positions": ("marian", "pegasus", "xglm", "m2m_100", "fsmt", "roformer"),
 }
 
+# Attribute of the model that runs all layers of its encoder, each of which treats tokens alone but
+# for attention; positions have been added before. Tested type by type.
+ENCODERS = {
+    "encoder": (
+        "bert",
+        "electra",
+        "albert",
+        "ernie",
+        "splinter",
+        "roc_bert",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "data2vec-text",
+        "roberta-prelayernorm",
+    ),
+    "transformer": ("distilbert",),
+}
+
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 # Modules named for attention that are not attention from token to token, or of a few queries only;
@@ -226,3 +228,10 @@ def family_of(config: Any) -> Family | None:
     Such a model is served all the same.
     """
     return _BY_MODEL_TYPE.get(getattr(config, "model_type", ""))
+
+
+def encoder_of(config: Any) -> str:
+    """Name in the model that `config` describes of what runs its encoder's layers; empty if
+    `ENCODERS` has none."""
+    model_type = getattr(config, "model_type", "")
+    return next((path for path, types in ENCODERS.items() if model_type in types), "")

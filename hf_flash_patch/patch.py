@@ -22,11 +22,11 @@ from .errors import (
     UnsupportedModelError,
 )
 from .families import family_of
+from .integration import unpadding
 from .integration.assignment import Assigned, as_settings, assign, describe, set_patterns
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
 from .integration.switch import switch
-from .integration.unpadding import Encoders, find_encoders, unpad_encoders
 from .integration.wrappers import compiled_or_sharded
 from .masks.pattern import Pattern
 from .ops.library import extension_status
@@ -47,8 +47,8 @@ def patch(
     mask: Pattern | Callable[[int], Pattern | None] | None = None,
     tokenizer: Any = None,
     backend: str = "auto",
-    remove_padding: bool | None = None,
     strict: bool = True,
+    remove_padding: bool | None = None,
 ) -> Patch:
     """Make a transformers model compute its attention here; exact, and undone by `Patch.restore()`.
 
@@ -66,11 +66,12 @@ def patch(
             (the compiled kernels, or an error), "torch" (any device), "flash_attn" (the flash-attn
             package). "auto" keeps what `model.config.hfp` says, so that a reloaded model needs no
             arguments.
-        remove_padding: True: BERT-like encoders take padding out of a batch before their first
-            layer and put it back, as zeros, behind the last; exact at real tokens. A batch with an
-            attention_mask then waits for the device once. None keeps what `model.config.hfp` says.
         strict: raise if any attention module cannot be served; False: those keep their own
             attention, with one warning, and the reason stands in the report.
+        remove_padding: of encoders like BERT: pack a batch's real tokens before the first layer
+            and unpack them behind the last, with zeros at padding; exact at real tokens, for one
+            synchronisation a forward where there is an attention_mask. Dropout draws other numbers.
+            None keeps what `model.config.hfp` says, at first False.
 
     Returns:
         A `Patch`: the report as text, HTML and data, `restore()`, and a context manager that
@@ -78,14 +79,12 @@ def patch(
 
     Raises:
         UnsupportedModelError: nothing to patch, something cannot be served, patched already,
-            compiled or sharded, or remove_padding is True and no encoder is BERT-like. The model is
-            as it was.
+            compiled or sharded, or without an encoder to remove padding in. The model is as it was.
         UnsupportedKernelError: the backend is unknown or not available here. The model is as it
             was.
         ContextExtensionError: the context cannot be extended as asked, or rope, positions or
             tokenizer was given without max_length. The model is as it was.
-        MaskError: mask is neither, has patterns for other numbers of heads, or goes together with
-            remove_padding=True.
+        MaskError: mask is neither, or has patterns for other numbers of heads.
     """
     _refuse_wrapped(model)
     roots = pretrained_roots(model)
@@ -158,8 +157,8 @@ class Patch:
             for root, plan in zip(roots, plans, strict=True):
                 plan.warnings += switch(root, plan.modules, plan.settings, undo)
                 set_patterns(root, plan.assigned, undo)
-                if plan.encoders is not None:
-                    unpad_encoders(root, plan.encoders, undo)
+                for encoder in plan.encoders:
+                    unpadding.remove_padding(encoder, undo)
             self.reports = tuple(
                 _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
             )
@@ -215,7 +214,7 @@ class _Plan:
     before: dict[str, str]
     settings: dict[str, Any]
     assigned: list[Assigned] = field(default_factory=list)
-    encoders: Encoders | None = None
+    encoders: list[nn.Module] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of(self, status: str) -> list[AttentionModule]:
@@ -298,18 +297,13 @@ def _plan(
             f"{name} has no attention that goes through transformers' AttentionInterface."
         )
     kept = getattr(root.config, "hfp", None) or {}
-    if mask is None:
-        mask = kept.get("mask")
     if remove_padding is None:
         remove_padding = kept.get("remove_padding", False)
     if remove_padding:
-        if mask is not None:
-            raise MaskError(
-                f"{name}: remove_padding=True and a mask do not go together: a pattern is about "
-                "positions in a row, which then holds several sequences. Leave one of them out."
-            )
-        plan.encoders = find_encoders(root, modules)
+        plan.encoders = unpadding.padded_encoders(root)
         plan.settings["remove_padding"] = True
+    if mask is None:
+        mask = kept.get("mask")
     if mask is not None:
         plan.assigned = assign(root, modules, mask)
         if not plan.assigned:
@@ -343,11 +337,8 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
     left = sum(module.status == "served" for module in plan.modules) - len(plan.assigned)
     if plan.assigned and left:
         notes.append(f"mask: not for {left} modules that attend to another sequence or modality.")
-    if plan.encoders is not None:
-        notes.append(
-            "padding: a forward that asks for hidden states, brings a mask of its own, or is "
-            "traced or captured runs padded; torch.compile breaks its graph before and behind."
-        )
+    if plan.encoders:
+        notes.append("padding: removed before the encoder's first layer, put back behind its last.")
     backend = plan.settings["backend"]
     if not extension_status().loaded:
         backend += f" (compiled kernels: {extension_status().reason})"
@@ -362,7 +353,6 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
         mask=describe(plan.assigned) if plan.assigned else None,
         notes=tuple(notes),
         context=extension.report if extension is not None else None,
-        padding=str(plan.encoders) if plan.encoders is not None else None,
     )
 
 

@@ -130,7 +130,6 @@ class Report:
         notes: anything else a user should know.
         context: how the context was extended; None if it was not.
         mask: the pattern put on top of the model's own masks; None for none.
-        padding: for whose layers padding is taken out; None for none.
     """
 
     model: str
@@ -143,7 +142,6 @@ class Report:
     notes: tuple[str, ...] = ()
     context: ContextReport | None = None
     mask: str | None = None
-    padding: str | None = None
 
     def to_dict(self) -> dict:
         """The report as plain data (JSON)."""
@@ -166,8 +164,7 @@ class Report:
             ("context", context),
             *(self.context.lines() if self.context is not None else ()),
         ]
-        own = (("mask", self.mask), ("padding", self.padding))
-        return [*facts, *((label, text) for label, text in own if text is not None)]
+        return facts if self.mask is None else [*facts, ("mask", self.mask)]
 
     def __str__(self) -> str:
         lines = [f"{label:<9}{value}" for label, value in self.facts()]

@@ -48,17 +48,24 @@ class Records:
         Raises:
             ValueError: the file has other columns.
         """
-        texts = {name: _text(value) for name, value in (row | provenance()).items()}
-        if self.rows and list(self.rows[0]) != list(texts):
-            raise ValueError(
-                f"{self.path} has columns {list(self.rows[0])}, this row has {list(texts)}; give "
-                "another file."
-            )
-        self.rows.append(texts)
+        self.extend([row])
+
+    def extend(self, rows: list[dict[str, Any]]) -> None:
+        """Rows that belong together, as `add`: all are on the disk, or none of them is."""
+        place = provenance()
+        found = [{name: _text(value) for name, value in (r | place).items()} for r in rows]
+        for texts in found:
+            columns = list((self.rows or found)[0])
+            if columns != list(texts):
+                raise ValueError(
+                    f"{self.path} has columns {columns}, this row has {list(texts)}; give another "
+                    "file."
+                )
+        self.rows += found
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(texts))
+            writer = csv.DictWriter(file, list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
         partial.replace(self.path)

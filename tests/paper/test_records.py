@@ -30,3 +30,12 @@ def test_other_columns(tmp_path):
     records.add({"a": 1})
     with pytest.raises(ValueError, match="give another file"):
         records.add({"b": 1})
+
+
+def test_rows_that_belong_together(tmp_path):
+    path = tmp_path / "file.csv"
+    Records(path).extend([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    assert [row["step"] for row in Records(path).rows] == ["1", "2"]
+    with pytest.raises(ValueError, match="give another file"):
+        Records(path).extend([{"step": 3, "loss": 1.0}, {"loss": 1.0}])
+    assert len(Records(path).rows) == 2

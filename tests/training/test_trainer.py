@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening
 
 import hf_flash_patch as hfp
 
-from .corpus import curve, masked, model_of, padded, train, trainer_of
+from .corpus import AUTO, curve, masked, model_of, padded, train, trainer_of
 from .processes import reset
 
 LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -39,6 +39,15 @@ RUNS = {
     "llama-longlora": ("llama", LONGLORA, {"learning_rate": 1e-2}),
     "bert": ("bert", {}, {"learning_rate": 1e-2}),
     "accumulation": ("llama", {}, {"gradient_accumulation_steps": 2, "max_steps": 15}),
+    "lora-reentrant": (
+        "llama",
+        LORA,
+        {
+            "learning_rate": 3e-2,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    ),
     "bf16": ("llama", {}, {"bf16": True}),
     "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
     "reentrant": (
@@ -93,6 +102,16 @@ def test_packing_is_padding_without_the_padding(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
+def test_accumulated_packing(tmp_path):
+    """Two packed rows of two documents make the step of one with four."""
+    model, curves = model_of("llama"), []
+    hfp.patch(model)
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    for settings in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}):
+        curves.append(train(copy.deepcopy(model), tmp_path, flatten, max_steps=10, **settings))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_all_memory_techniques(bf16, tmp_path):
     """Of hfp.memory, in small chunks and tiles, on packed rows: the same losses."""
@@ -135,19 +154,50 @@ def test_dropout_is_replayed(family, tmp_path):
         torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("adapter", [LORA, LONGLORA], ids=["lora", "longlora"])
-def test_stopped_and_gone_on(adapter, tmp_path):
+def long_llama(model):
+    hfp.patch(model, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+
+
+def long_gpt2(model):
+    hfp.patch(model, max_length=128, positions="interpolate", mask=hfp.masks.sliding_window(16))
+
+
+def long_bert(model):
+    hfp.patch(model, max_length=128, positions="tile", mask=hfp.masks.sliding_window(16))
+
+
+# Model, adapter, how it is extended. The adapters of GPT-2 and BERT carry their position tables.
+STOPPED = {
+    "lora": ("llama", LORA, long_llama),
+    "longlora": ("llama", LONGLORA, long_llama),
+    "gpt2": (
+        "gpt2",
+        {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["wpe"]},
+        long_gpt2,
+    ),
+    "bert": (
+        "bert",
+        {"r": 4, "target_modules": ["query"], "modules_to_save": ["position_embeddings"]},
+        long_bert,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_stopped_and_gone_on(name, tmp_path):
     """An adapter on an extended model with a mask: resumed, reloaded, merged."""
+    family, adapter, extend = STOPPED[name]
 
     def model():
-        base = model_of("llama")
-        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+        base = model_of(family)
+        extend(base)
         return with_adapter(base, **adapter)
 
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    whole = trainer_of(model(), tmp_path, **settings)
+    collator = masked if family == "bert" else padded
+    whole = trainer_of(model(), tmp_path, collator, **settings)
     whole.train()
-    resumed = trainer_of(model(), tmp_path, **settings)
+    resumed = trainer_of(model(), tmp_path, collator, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(curve(whole), curve(resumed))
     pairs = zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True)
@@ -157,42 +207,13 @@ def test_stopped_and_gone_on(adapter, tmp_path):
     with torch.no_grad():
         expected = resumed.model.eval()(ids).logits
         resumed.save_model(tmp_path / "adapter")
-        base = model_of("llama").eval()
-        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+        base = model_of(family).eval()
+        extend(base)
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, expected)
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        stock = AUTO[family].from_pretrained(tmp_path / "merged")
         report = hfp.patch(stock)  # the mask and the length stand in its config
         torch.testing.assert_close(stock(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert "sliding_window(16)" in str(report)
-
-
-def test_trl(tmp_path):
-    """SFTTrainer on a patched model."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from .corpus import documents
-
-    rows = [{"input_ids": row["input_ids"]} for row in documents(48)]
-    curves = []
-    for patched in (False, True):
-        model = model_of("llama")
-        if patched:
-            hfp.patch(model)
-        arguments = trl.SFTConfig(
-            str(tmp_path), max_steps=5, logging_steps=1, use_cpu=True, report_to="none",
-            learning_rate=3e-3, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False,
-        )  # fmt: skip
-        from transformers import ByT5Tokenizer
-
-        trainer = trl.SFTTrainer(
-            model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=ByT5Tokenizer(extra_ids=0),
-        )
-        trainer.train()
-        curves.append(curve(trainer))
-    assert ((curves[1] - curves[0]).abs() / curves[0]).mean() <= 0.005
