@@ -157,8 +157,7 @@ class Patch:
             for root, plan in zip(roots, plans, strict=True):
                 plan.warnings += switch(root, plan.modules, plan.settings, undo)
                 set_patterns(root, plan.assigned, undo)
-                for encoder in plan.encoders:
-                    unpadding.remove_padding(encoder, undo)
+                unpadding.remove_padding(root, plan.encoders, undo)
             self.reports = tuple(
                 _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
             )

@@ -54,7 +54,9 @@ class AttentionMask:
             device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
         block_mask: lists of blocks, or None.
         cu_seqlens: int32 (batch + 1,) or None; if given, the tensors have in one row the real
-            tokens of sequences that were padded to seqlen_q: `tokens`, and `longest` of one.
+            tokens of sequences (or documents) that were padded to seqlen_q: `tokens`, and at most
+            `longest` of one.
+        place: int64 (tokens,) or None; where in the padded batch those tokens were.
         combined: this mask under patterns, by pattern, and as lists; see `sparse.under`.
     """
 
@@ -76,6 +78,7 @@ class AttentionMask:
     cu_seqlens: torch.Tensor | None = None
     tokens: int = 0
     longest: int = 0
+    place: torch.Tensor | None = None
     combined: dict[Any, Any] = field(default_factory=dict, repr=False)
     _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 

@@ -1,10 +1,13 @@
 """Encoders that run on a batch's real tokens alone: packed before the first layer, unpacked behind
-the last."""
+the last.
+
+Two hooks on the module that runs the layers. What the second needs to know is in the mask that the
+first one gave: the hooks keep no state, which threads (DataParallel) and copies would share.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_tracing
 
 from ..errors import UnsupportedModelError
 from ..families import encoder_of
 from ..masks.top_k import TopKBlocks
 from .masking import AttentionMask
 from .outputs import wanted
+from .request import Request
 from .sparse import pattern_of
+
+_FIRST = ("hidden_states", "attention_mask")  # what every encoder calls its first arguments
 
 
 def padded_encoders(root: PreTrainedModel) -> list[nn.Module]:
@@ -48,83 +55,120 @@ def padded_encoders(root: PreTrainedModel) -> list[nn.Module]:
     return list(found.values())
 
 
-def remove_padding(encoder: nn.Module, undo: contextlib.ExitStack) -> None:
-    """Let the encoder's layers see real tokens only; `undo` collects the way back."""
-    hooks = _Unpadding()
-    undo.callback(encoder.register_forward_pre_hook(hooks.pack, with_kwargs=True).remove)
-    undo.callback(encoder.register_forward_hook(hooks.unpack, always_call=True).remove)
+def remove_padding(
+    root: PreTrainedModel, encoders: list[nn.Module], undo: contextlib.ExitStack
+) -> None:
+    """Let the encoders' layers see real tokens only; `undo` collects the way back."""
+    for module in root.modules():
+        _forget(module)  # a copy of a patched model has them
+    for encoder in encoders:
+        undo.callback(encoder.register_forward_pre_hook(_pack, with_kwargs=True).remove)
+        undo.callback(encoder.register_forward_hook(_unpack, with_kwargs=True).remove)
 
 
-class _Unpadding:
-    """Hooks on an encoder."""
+def _forget(module: nn.Module) -> None:
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for number in [n for n, hook in hooks.items() if hook in (_pack, _unpack)]:
+            del hooks[number], with_kwargs[number]
 
-    def __init__(self) -> None:
-        self._place: torch.Tensor | None = None  # of each packed token in the padded batch
-        self._shape = (0, 0)
 
-    @torch.compiler.disable
-    def pack(
-        self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The arguments with hidden states (1, total, hidden_size) and a mask of as many tokens.
+def _pack(
+    encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments with hidden states (1, total, hidden_size) and a mask of as many tokens.
 
-        None, and so the call as it is, where there is no padding, where the mask says more than
-        padding and windows, where hidden states of each layer are asked for, and where patterns
-        count positions from real tokens that do not come first.
-        """
-        self._place = None
-        bound = inspect.signature(encoder.forward).bind(*args, **kwargs)
-        hidden = bound.arguments["hidden_states"]
-        mask = bound.arguments.get("attention_mask")
-        if not isinstance(mask, AttentionMask) or not _says_padding_only(mask, hidden):
-            return None
-        if wanted("hidden_states"):
-            return None
-        padding = mask.key_padding
-        assert padding is not None
-        last = (torch.arange(padding.shape[1], device=padding.device) * padding).amax(dim=1)
-        lengths = padding.sum(dim=1)
-        # The one synchronisation of a forward: how many tokens there are decides shapes.
-        counts, ends = torch.stack((lengths, last + 1)).tolist()
-        total = sum(counts)
-        if total in (0, padding.numel()):
-            return None
-        patterns = [pattern_of(module) for module in encoder.modules()]
-        if any(isinstance(pattern, TopKBlocks) for pattern in patterns):
-            return None
-        if any(pattern is not None for pattern in patterns) and counts != ends:
-            return None
-        self._place = torch.nonzero_static(padding.flatten(), size=total)[:, 0]
-        self._shape = (padding.shape[0], padding.shape[1])
-        bound.arguments["hidden_states"] = hidden.flatten(0, 1).index_select(0, self._place)[None]
-        bound.arguments["attention_mask"] = replace(
-            mask,
-            tokens=total,
-            longest=max(counts),
-            cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
-            key_padding=None,
-            key_range=None,
-            key_bits=None,
-            combined={},
-            _packed={},
-        )
-        kwargs = {k: v for k, v in bound.kwargs.items() if k != "position_ids"}
-        return bound.args, kwargs
+    None, and so the call as it is, where there is no padding; where the mask says more than padding
+    and windows; where hidden states of each layer are asked for; where the host may not read how
+    many tokens are real (export, tracing, the capture of a CUDA graph); and where patterns count
+    positions from real tokens that do not come first, or over documents.
+    """
+    given = dict(zip(_FIRST, args, strict=False)) | kwargs
+    hidden, mask = given.get("hidden_states"), given.get("attention_mask")
+    if not isinstance(mask, AttentionMask) or not isinstance(hidden, torch.Tensor):
+        return None
+    if len(args) > len(_FIRST) or not _says_padding_only(mask, hidden) or wanted("hidden_states"):
+        return None
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and is_tracing(hidden)):
+        return None
+    packed = _without_padding(mask, encoder, given.get("position_ids"))
+    if packed is None or packed.place is None:
+        return None
+    given["attention_mask"] = packed
+    if given.get("position_ids") is not None:
+        given["position_ids"] = None  # the mask has what they say of documents
+    del given["hidden_states"]
+    # By position, as models call it: hooks of others may look there.
+    return (hidden.flatten(0, 1).index_select(0, packed.place)[None],), given
 
-    @torch.compiler.disable
-    def unpack(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The output with hidden states (batch, seqlen, hidden_size), 0 where there was padding."""
-        place, self._place = self._place, None
-        if place is None or output is None:
-            return None
-        batch_size, seqlen = self._shape
-        hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
-        padded = hidden.new_zeros(batch_size * seqlen, hidden.shape[-1])
-        padded = padded.index_copy(0, place, hidden[0]).view(batch_size, seqlen, -1)
-        if isinstance(output, tuple):
-            return (padded, *output[1:])
-        output.last_hidden_state = padded
-        return output
+
+def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The output with hidden states (batch, seqlen, hidden_size), 0 where there was padding."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, AttentionMask) or mask.place is None:
+        return None
+    hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    padded = hidden.new_zeros(mask.batch_size * mask.seqlen_q, hidden.shape[-1])
+    padded = padded.index_copy(0, mask.place.to(hidden.device), hidden[0])
+    padded = padded.view(mask.batch_size, mask.seqlen_q, -1)
+    if isinstance(output, tuple):
+        return (padded, *output[1:])
+    output.last_hidden_state = padded
+    return output
+
+
+@torch.compiler.disable(
+    reason="hfp.patch(remove_padding=True) reads on the host how many tokens of a batch are real; "
+    "compile without fullgraph=True, or patch without remove_padding."
+)
+def _without_padding(
+    mask: AttentionMask, encoder: nn.Module, position_ids: torch.Tensor | None
+) -> AttentionMask | None:
+    """The mask of the real tokens in one row; None where they should stay in theirs."""
+    padding = mask.key_padding
+    assert padding is not None
+    batch_size, seqlen = padding.shape
+    # Where sequences start, and the documents that positions tell apart.
+    lengths = padding.sum(dim=1)
+    starts = padding & (padding.cumsum(dim=1) == 1)
+    sequences = (lengths > 0).sum()
+    if position_ids is not None:
+        ranges = Request(batch_size, seqlen, seqlen, mask.device).documents_in(position_ids, mask)
+        if ranges is not None:
+            index = torch.arange(seqlen, device=mask.device)
+            starts = starts | (padding & (ranges[..., 0] == index))
+    last = (torch.arange(seqlen, device=mask.device) * padding).amax(dim=1)
+    # The one synchronisation of a forward: how many tokens there are decides shapes.
+    numbers = torch.cat((lengths, last + 1, torch.stack((sequences, starts.sum()))))
+    *ends, rows, documents = numbers.tolist()
+    counts, ends = ends[:batch_size], ends[batch_size:]
+    total = sum(counts)
+    if total in (0, padding.numel()):
+        return None
+    patterns = [pattern_of(module) for module in encoder.modules()]
+    if any(isinstance(pattern, TopKBlocks) for pattern in patterns):
+        return None
+    if any(p is not None for p in patterns) and (counts != ends or documents != rows):
+        return None
+    place = torch.nonzero_static(padding.flatten(), size=total)[:, 0]
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+    if documents != rows:
+        first = torch.nonzero_static(starts.flatten()[place], size=documents)[:, 0]
+        cu_seqlens = F.pad(first, (0, 1), value=total)
+    return replace(
+        mask,
+        tokens=total,
+        longest=max(counts),
+        cu_seqlens=cu_seqlens.int(),
+        place=place,
+        key_padding=None,
+        key_range=None,
+        key_bits=None,
+        combined={},
+        _packed={},
+    )
 
 
 def _says_padding_only(mask: AttentionMask, hidden: torch.Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Patched models on a GPU: exact to bf16, no host syncs, packing, generate()."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -43,8 +45,6 @@ def test_as_exact_as_eager_in_bf16(model, kind):
     exact, exact_gradients = gradients(model, inputs, mask)
     model.bfloat16()
     eager, eager_gradients = gradients(model, inputs, mask)
-    with hfp.patched(model, backend="cuda"):
-        ours, our_gradients = gradients(model, inputs, mask)
 
     def no_worse(actual, peer, reference, scale, what):
         error, allowed = (actual - reference).abs().max(), (peer - reference).abs().max()
@@ -52,9 +52,13 @@ def test_as_exact_as_eager_in_bf16(model, kind):
 
     # The gradient of a key's bias is 0 but for rounding, so a gradient's scale is the model's.
     largest = max(gradient.abs().max() for gradient in exact_gradients.values())
-    no_worse(ours, eager, exact, exact.abs().max(), "logits")
-    for name, gradient in our_gradients.items():
-        no_worse(gradient, eager_gradients[name], exact_gradients[name], 1e-2 * largest, name)
+    is_encoder = model.config.model_type == "bert"
+    for remove_padding in (False, True) if is_encoder else (False,):
+        with hfp.patched(model, backend="cuda", remove_padding=remove_padding):
+            ours, our_gradients = gradients(model, inputs, mask)
+        no_worse(ours, eager, exact, exact.abs().max(), "logits")
+        for name, gradient in our_gradients.items():
+            no_worse(gradient, eager_gradients[name], exact_gradients[name], 1e-2 * largest, name)
 
 
 @pytest.mark.parametrize("kind", ["none", "left", "right", "holes"])
@@ -76,6 +80,46 @@ def test_forward_and_backward_never_wait_for_the_gpu(model, kind):
                 model(**inputs, use_cache=use_cache).logits.float().mean().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("kind, waits", [("none", 0), ("mixed", 1)])
+def test_removing_padding_waits_for_the_gpu_once(kind, waits):
+    model = tiny_model(AutoModelForMaskedLM, "bert").cuda().bfloat16().train()
+    model.config.pad_token_id = None  # with one, transformers looks for forgotten padding
+    mask = padding(kind)
+    inputs = {"input_ids": token_ids().cuda()}
+    if mask is not None:
+        inputs["attention_mask"] = mask.cuda()
+    with hfp.patched(model, backend="cuda", remove_padding=True):
+        for mode in ("default", "warn"):  # the first time, libraries initialise
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    model(**inputs).logits.float().mean().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in caught) == waits
+
+
+def test_captured_with_its_padding():
+    """The capture of a CUDA graph cannot wait: the batch keeps its padding."""
+    model = tiny_model(AutoModelForMaskedLM, "bert").cuda().bfloat16().eval()
+    model.config.pad_token_id = None
+    inputs = {"input_ids": token_ids().cuda(), "attention_mask": padding("mixed").cuda()}
+    with torch.no_grad(), hfp.patched(model, backend="cuda", remove_padding=True):
+        expected = model(**inputs).logits
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(**inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(**inputs).logits
+        graph.replay()
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(captured[real], expected[real], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

@@ -1,6 +1,7 @@
 """patch(remove_padding=True): encoders on real tokens alone, equal to the padded run at these."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
 )
 
 import hf_flash_patch as hfp
@@ -19,13 +22,18 @@ from hf_flash_patch.ops import functional
 from tests.integration.tiny import (
     assert_close,
     assert_same_as_eager,
+    logits_and_gradients,
     padding,
+    tiny_config,
     tiny_model,
     token_ids,
 )
 
 TYPES = [model_type for types in ENCODERS.values() for model_type in types]
-MORE = {"roc_bert": {"enable_pronunciation": False, "enable_shape": False}}
+MORE = {
+    "mobilebert": {"intra_bottleneck_size": 32},
+    "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
+}
 
 
 @pytest.fixture
@@ -168,17 +176,208 @@ def test_training(reentrant):
         assert_close(gradient, theirs[name], name)
 
 
-def test_compiled():
-    """With a break in the graph before and behind the encoder."""
+DOCUMENTS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 0], [*range(9), 0, 0, 0]])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "albert"])
+@pytest.mark.parametrize("kind", ["left", "right", "holes", "mixed"])
+def test_documents_stay_apart(model_type, kind, layouts):
+    """Positions that start anew mean documents, whether padding is there or not."""
+    model = tiny_model(AutoModel, model_type)
+    real = padding(kind)
+    call = {"attention_mask": real, "position_ids": DOCUMENTS + 2 * (model_type == "roberta")}
+    forward = lambda: model(token_ids(), **call).last_hidden_state  # noqa: E731
+    with hfp.patched(model):
+        expected, theirs = logits_and_gradients(forward, model, real)
+    layouts.clear()
+    with hfp.patched(model, remove_padding=True):
+        found, ours = logits_and_gradients(forward, model, real)
+    assert_close(found, expected, "hidden states")
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], name)
+    assert {shape[0] for shape in layouts} == {int(real.sum())}
+
+
+def test_patterns_over_documents_stay_padded(layouts):
     model = tiny_model(AutoModel, "bert")
-    real = padding("right")
+    real = torch.tensor([[1] * 10 + [0] * 2, [1] * 9 + [0] * 3])
+    call = {"attention_mask": real, "position_ids": DOCUMENTS}
+    mask = hfp.masks.strided(3)
+    with hfp.patched(model, mask=mask):
+        expected = model(token_ids(), **call).last_hidden_state[real == 1]
+    with hfp.patched(model, mask=mask, remove_padding=True):
+        found = model(token_ids(), **call).last_hidden_state[real == 1]
+    assert_close(found, expected, "hidden states")
+    assert {len(shape) for shape in layouts} == {4}
+
+
+def test_rows_without_a_token(layouts):
+    model = tiny_model(AutoModel, "bert")
+    real = torch.zeros(2, 12, dtype=torch.long)
+    with hfp.patched(model, remove_padding=True):
+        assert model(token_ids(), attention_mask=real).last_hidden_state.isfinite().all()
+        assert {len(shape) for shape in layouts} == {4}
+    real[1] = 1
+    forward = lambda: model(token_ids(), attention_mask=real).last_hidden_state  # noqa: E731
+    assert_same_as_eager(model, forward, real, remove_padding=True)
+
+
+def test_a_mask_of_one_s_own_stays_padded(layouts):
+    model = tiny_model(AutoModel, "bert")
+    mask = torch.full((2, 1, 12, 12), torch.finfo(torch.float32).min).triu(1)
+    assert_same_as_eager(
+        model,
+        lambda: model(token_ids(), attention_mask=mask).last_hidden_state,
+        remove_padding=True,
+    )
+    assert {len(shape) for shape in layouts} == {4}
+
+
+def test_two_in_one():
+    """The encoder of an encoder-decoder; the decoder's padding stays."""
+    torch.manual_seed(0)
+    configs = tiny_config("bert"), tiny_config("bert")
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*configs)).eval()
+    model.set_attn_implementation("eager")
+    real, ids = padding("mixed"), token_ids()
+    assert_same_as_eager(
+        model,
+        lambda: model(ids, attention_mask=real, decoder_input_ids=ids).logits,
+        remove_padding=True,
+    )
+
+
+def test_autocast():
+    model = tiny_model(AutoModel, "bert")
+    real = padding("mixed")
+    with torch.autocast("cpu", torch.bfloat16):
+        with hfp.patched(model):
+            expected = model(token_ids(), attention_mask=real).last_hidden_state[real == 1]
+        with hfp.patched(model, remove_padding=True):
+            found = model(token_ids(), attention_mask=real).last_hidden_state[real == 1]
+    # Matrices of other sizes add in another order: two units of bf16's last place.
+    bound = 2**-7 * expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+def test_peft_and_chunked_loss(layouts):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model(AutoModelForMaskedLM, "bert")
+    lora = LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    real = padding("mixed")
+    labels = token_ids().masked_fill(real == 0, -100)
+    call = {"input_ids": token_ids(), "attention_mask": real, "labels": labels}
+    expected, theirs = logits_and_gradients(lambda: model(**call).loss, model, None)
+    layouts.clear()
+    with hfp.patched(model, remove_padding=True), hfp.memory.chunked_loss(model, chunk=5):
+        found, ours = logits_and_gradients(lambda: model(**call).loss, model, None)
+    assert_close(found, expected, "loss")
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], name)
+    assert {len(shape) for shape in layouts} == {3}
+
+
+def test_ddp(tmp_path):
+    model = tiny_model(AutoModelForMaskedLM, "bert")
+    real = padding("mixed")
+    forward = lambda m: m(token_ids(), attention_mask=real).logits  # noqa: E731
+    expected, theirs = logits_and_gradients(lambda: forward(model), model, real)
+    hfp.patch(model, remove_padding=True)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        found, ours = logits_and_gradients(lambda: forward(parallel), model, real)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_close(found, expected, "logits")
+    for name, gradient in ours.items():
+        assert_close(gradient, theirs[name], name)
+
+
+def _state(model):
+    return [
+        (name, {key: (id(value), repr(value)) for key, value in vars(module).items()})
+        for name, module in model.named_modules()
+    ]
+
+
+def test_restored_and_copied(layouts):
+    model = tiny_model(AutoModel, "bert")
+    real = padding("mixed")
+    before = _state(model)
+    patch = hfp.patch(model, remove_padding=True)
+    twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    patch.restore()
+    assert _state(model) == before
+    for twin in twins:
+        for settings, rank in (
+            ({}, 3),
+            ({"remove_padding": True}, 3),
+            ({"remove_padding": False}, 4),
+        ):
+            layouts.clear()
+            with hfp.patched(twin, **settings):
+                twin(token_ids(), attention_mask=real)
+            assert {len(shape) for shape in layouts} == {rank}, settings
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def test_compiled(compiler):
+    """With a break before and behind the encoder; once for each number of tokens, then for any."""
+    model = tiny_model(AutoModel, "bert", num_hidden_layers=1)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+
+    def run(lengths):
+        real = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+        results = []
+        for called, settings in ((model, {}), (compiled, {"remove_padding": True})):
+            forward = lambda m=called: m(token_ids(), attention_mask=real).last_hidden_state  # noqa: E731
+            with hfp.patched(model, **settings):
+                results.append(logits_and_gradients(forward, model, real))
+        (expected, theirs), (found, ours) = results
+        assert_close(found, expected, "compiled")
+        for name, gradient in ours.items():
+            assert_close(gradient, theirs[name], name)
+        return len(graphs)
+
+    made = [run(lengths) for lengths in ((12, 8), (11, 3), (9, 5), (7, 6), (10, 4))]
+    assert made[-1] == made[2], made
+
+
+def test_compiled_whole_where_nothing_is_padded(compiler):
+    model = tiny_model(AutoModel, "bert", num_hidden_layers=1)
+    expected = model(token_ids()).last_hidden_state
+    with hfp.patched(model, remove_padding=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(token_ids()).last_hidden_state, expected, "compiled")
+        with pytest.raises(Exception, match="reads on the host how many tokens"):
+            compiled(token_ids(), attention_mask=padding("left"))
+
+
+def test_exported_padded():
+    model = tiny_model(AutoModel, "bert", num_hidden_layers=1)
+    real = padding("mixed")
     expected = model(token_ids(), attention_mask=real).last_hidden_state[real == 1]
     with hfp.patched(model, remove_padding=True):
-        compiled = torch.compile(model, backend="aot_eager")
-        for _ in range(2):
-            found = compiled(token_ids(), attention_mask=real).last_hidden_state
-            assert_close(found[real == 1], expected, "compiled")
-        torch._dynamo.reset()
+        program = torch.export.export(model, (token_ids(), real))
+    found = program.module()(token_ids(), real).last_hidden_state
+    assert_close(found[real == 1], expected, "exported")
 
 
 def test_refused():
