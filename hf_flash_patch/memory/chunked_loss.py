@@ -47,8 +47,7 @@ def chunked_loss(model: nn.Module, *, chunk: int = CHUNK, backend: str = "auto")
         after = root.register_forward_hook(asked.leave, always_call=True)
         changes.undo.callback(before.remove)
         changes.undo.callback(after.remove)
-    vocab_size = heads[0].weight.shape[0]
-    text = f"cross-entropy of {vocab_size} words, {chunk} tokens at a time"
+    text = f"cross-entropy of {heads[0].out_features} words, {chunk} tokens at a time"
     return Technique("chunked_loss", text, changes)
 
 
@@ -89,7 +88,7 @@ def _promising(asked: _Asked, options: dict[str, Any]) -> Callable[..., Tensor]:
     def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         if not asked.loss:
             return type(self).forward(self, hidden)
-        return LazyLogits.of(hidden, self.weight, self.bias, (), options)
+        return LazyLogits.of(hidden, self, len(self.weight), (), options)
 
     return forward
 
@@ -102,7 +101,7 @@ class LazyLogits(Tensor):
     """
 
     _hidden: Tensor  # (..., hidden_size)
-    _head: tuple[Tensor, Tensor | None]  # weight and bias
+    _head: nn.Linear
     _steps: tuple[Step, ...]
     _options: dict[str, Any]
 
@@ -110,8 +109,8 @@ class LazyLogits(Tensor):
     @torch.compiler.disable
     def of(
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        head: nn.Linear,
+        vocab_size: int,
         steps: tuple[Step, ...],
         options: dict[str, Any],
     ) -> LazyLogits:
@@ -122,9 +121,9 @@ class LazyLogits(Tensor):
             dtype = torch.get_autocast_dtype(device.type)
         dtype = _through(steps, torch.empty(0, dtype=dtype)).dtype
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyLogits, (*hidden.shape[:-1], weight.shape[0]), dtype=dtype, device=device
+            LazyLogits, (*hidden.shape[:-1], vocab_size), dtype=dtype, device=device
         )
-        made._hidden, made._head = hidden, (weight, bias)
+        made._hidden, made._head = hidden, head
         made._steps, made._options = steps, options
         return made
 
@@ -149,6 +148,8 @@ class LazyLogits(Tensor):
                     if shape[-1:] == logits.shape[-1:]:
                         hidden = logits._hidden
                         return logits._over(hidden.reshape(*shape[:-1], hidden.shape[-1]))
+                if function is Tensor.detach and hasattr(logits._head.weight, "ds_id"):
+                    return logits._over(logits._hidden)  # ZeRO-3 does so to what a module returns
                 if function is Tensor.__getitem__ and _spares_last(args[1], logits.ndim):
                     return logits._over(logits._hidden[args[1]])
             name = getattr(function, "__name__", str(function))
@@ -177,12 +178,12 @@ class LazyLogits(Tensor):
         return f"LazyLogits({tuple(self.shape)}, {self.dtype})"
 
     def _over(self, hidden: Tensor) -> LazyLogits:
-        return LazyLogits.of(hidden, *self._head, self._steps, self._options)
+        return LazyLogits.of(hidden, self._head, self.shape[-1], self._steps, self._options)
 
     def _then(self, step: Step, function: Step) -> LazyLogits:
         # `float` by itself, so that linear_cross_entropy knows it.
         steps = (*self._steps, function if function is Tensor.float else step)
-        return LazyLogits.of(self._hidden, *self._head, steps, self._options)
+        return LazyLogits.of(self._hidden, self._head, self.shape[-1], steps, self._options)
 
     def _reduces(self, *args: Any, reduction: str = "mean", **kwargs: Any) -> bool:
         """Whether cross-entropy gives a scalar, of targets that are classes, by keyword."""
@@ -194,8 +195,7 @@ class LazyLogits(Tensor):
         return is_plain and is_class and reduction != "none"
 
     def _cross_entropy(self, target: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Tensor:
-        w, b = self._head
-        _refuse_freed(w)
+        w, b = _weights(self._head)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("size_average", "reduce")}
         kwargs |= {"class_weight": weight, "steps": self._steps}
         return linear_cross_entropy(self._hidden, w, target, b, **kwargs, **self._options)
@@ -237,13 +237,19 @@ def _has_tensors(args: tuple, kwargs: dict[str, Any]) -> bool:
     return any(isinstance(value, Tensor) and value.ndim > 0 for value in values)
 
 
-def _refuse_freed(weight: Tensor) -> None:
-    """FSDP frees the weight of a module that it shards by itself when that module has run."""
-    if weight.untyped_storage().nbytes() < weight.nbytes:
+def _weights(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, after the output layer has run.
+
+    ZeRO-3 has freed them, and gathers them again for whoever takes them from the module. FSDP frees
+    those of a module that it shards by itself, and does not.
+    """
+    weight, bias = head.weight, head.bias
+    if type(weight).__name__ == "DTensor" or weight.untyped_storage().nbytes() < weight.nbytes:
         raise UnsupportedModelError(
             "chunked_loss: the output layer is sharded by itself, and its weight is gone before "
             "the loss. Shard it with the whole model, as accelerate's TRANSFORMER_BASED_WRAP does."
         )
+    return weight, bias
 
 
 def _spares_last(index: Any, ndim: int) -> bool:
@@ -267,8 +273,7 @@ def _through(steps: tuple[Step, ...], logits: Tensor) -> Tensor:
 def _computed(value: Any) -> Any:
     if not isinstance(value, LazyLogits):
         return value
-    _refuse_freed(value._head[0])
-    return _through(value._steps, F.linear(value._hidden, *value._head))
+    return _through(value._steps, F.linear(value._hidden, *_weights(value._head)))
 
 
 def _map(function: Callable[[Any], Any], values: Any) -> Any:

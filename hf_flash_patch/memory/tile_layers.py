@@ -70,6 +70,7 @@ def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes)
         return tiled(lambda part: type(self).forward(self, part), self, x, tile)
 
     changes.replace(module, "forward", forward)
+    _gather_whole(module, changes)
     return True
 
 
@@ -84,7 +85,16 @@ def _tile_chunk(layer: nn.Module, tile: int, changes: Changes) -> bool:
         return tiled(lambda part: method(self, part), owner, x, tile)
 
     changes.replace(layer, _CHUNK, feed_forward_chunk)
+    _gather_whole(layer, changes)
     return True
+
+
+def _gather_whole(module: nn.Module, changes: Changes) -> None:
+    """Tell ZeRO-3 to gather a module's parameters at once, not those of each layer in it by itself:
+    its hooks there would gather in every tile, and processes have different numbers of tiles."""
+    if "_z3_leaf" not in vars(module):  # what deepspeed.utils.set_z3_leaf_module sets
+        module._z3_leaf = True  # type: ignore[assignment]
+        changes.undo.callback(delattr, module, "_z3_leaf")
 
 
 def _parameters(method: Callable[..., Any]) -> list[str]:

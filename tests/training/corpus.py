@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 
 from tests.integration.tiny import tiny_model
 
@@ -60,6 +66,16 @@ def masked(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     batch["labels"] = torch.where(asked, batch["input_ids"], IGNORED)
     batch["input_ids"] = batch["input_ids"].masked_fill(asked, 1)
     return batch
+
+
+def flattened(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """The documents in one row, kept apart by their positions and cu_seq_lens."""
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows, return_tensors="pt")
+
+
+def items_of(batch: dict[str, torch.Tensor], shifted: bool = True) -> torch.Tensor:
+    """Tokens that a batch's loss counts: labels, the first of a row aside where they are shifted."""
+    return (batch["labels"][:, int(shifted) :] != IGNORED).sum()
 
 
 def trainer_of(model: torch.nn.Module, folder: Any, collator: Any = padded, **more: Any) -> Trainer:

@@ -167,32 +167,3 @@ def test_stopped_and_gone_on(adapter, tmp_path):
         report = hfp.patch(stock)  # the mask and the length stand in its config
         torch.testing.assert_close(stock(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert "sliding_window(16)" in str(report)
-
-
-def test_trl(tmp_path):
-    """SFTTrainer on a patched model."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from .corpus import documents
-
-    rows = [{"input_ids": row["input_ids"]} for row in documents(48)]
-    curves = []
-    for patched in (False, True):
-        model = model_of("llama")
-        if patched:
-            hfp.patch(model)
-        arguments = trl.SFTConfig(
-            str(tmp_path), max_steps=5, logging_steps=1, use_cpu=True, report_to="none",
-            learning_rate=3e-3, dataset_kwargs={"skip_prepare_dataset": True}, bf16=False,
-        )  # fmt: skip
-        from transformers import ByT5Tokenizer
-
-        trainer = trl.SFTTrainer(
-            model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=ByT5Tokenizer(extra_ids=0),
-        )
-        trainer.train()
-        curves.append(curve(trainer))
-    assert ((curves[1] - curves[0]).abs() / curves[0]).mean() <= 0.005
