@@ -74,7 +74,7 @@ def flattened(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def items_of(batch: dict[str, torch.Tensor], shifted: bool = True) -> torch.Tensor:
-    """Tokens that a batch's loss counts: labels, the first of a row aside where they are shifted."""
+    """Tokens that a batch's loss counts; a row's first does not, where labels are shifted."""
     return (batch["labels"][:, int(shifted) :] != IGNORED).sum()
 
 
