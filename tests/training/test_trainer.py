@@ -5,14 +5,20 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening
 
 import hf_flash_patch as hfp
 
-from .corpus import curve, masked, model_of, padded, train, trainer_of
+from .corpus import AUTO, curve, masked, model_of, padded, train, trainer_of
 from .processes import reset
 
 LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+GPT2_LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+BERT_LORA = {"r": 4, "target_modules": ["query", "key", "value"]}
+REENTRANT = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+}
 LONGLORA = {**LORA, "modules_to_save": ["embed_tokens", "norm", "input_layernorm"]}
 
 
@@ -41,13 +47,12 @@ RUNS = {
     "accumulation": ("llama", {}, {"gradient_accumulation_steps": 2, "max_steps": 15}),
     "bf16": ("llama", {}, {"bf16": True}),
     "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
-    "reentrant": (
-        "gpt2",
-        {},
-        {
-            "gradient_checkpointing": True,
-            "gradient_checkpointing_kwargs": {"use_reentrant": True},
-        },
+    "reentrant": ("gpt2", {}, REENTRANT),
+    "gpt2-lora-reentrant": ("gpt2", GPT2_LORA, {"learning_rate": 3e-2, **REENTRANT}),
+    "longlora-checkpoints": (
+        "llama",
+        LONGLORA | {"lora_dropout": 0.0},
+        {"learning_rate": 1e-2, "gradient_checkpointing": True, "bf16": True},
     ),
 }
 
@@ -69,7 +74,7 @@ def test_losses_are_those_of_sdpa(name, tmp_path):
 
 
 def test_compiled(tmp_path):
-    """By the Trainer's option; rows of one length, since each length is compiled anew."""
+    """By the Trainer's option, with checkpoints; rows of one length: each is compiled anew."""
 
     def collator(rows):
         return padded([{name: ids[:5] for name, ids in row.items()} for row in rows])
@@ -78,18 +83,20 @@ def test_compiled(tmp_path):
     for settings in ({}, {"torch_compile_backend": "aot_eager"}):
         model = model_of("llama", num_hidden_layers=1)
         hfp.patch(model)
-        curves.append(train(model, tmp_path, collator, max_steps=3, **settings))
+        settings |= {"gradient_checkpointing": True, "max_steps": 3}
+        curves.append(train(model, tmp_path, collator, **settings))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
 
 
 def test_packing_is_padding_without_the_padding(tmp_path):
     """DataCollatorWithFlattening on a patched model, against padded rows under sdpa."""
-    model = model_of("llama")
-    theirs = train(copy.deepcopy(model), tmp_path)
-    hfp.patch(model)
-    for flash_kwargs in (False, True):
+    settings = {"max_steps": 15, "gradient_accumulation_steps": 2}
+    for family, flash_kwargs in (("llama", False), ("llama", True), ("gpt2", True)):
+        model = model_of(family)
+        theirs = train(copy.deepcopy(model), tmp_path, **settings)
+        hfp.patch(model)
         flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs)
-        ours = train(copy.deepcopy(model), tmp_path, flatten)
+        ours = train(model, tmp_path, flatten, **settings)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
 
 
@@ -105,6 +112,33 @@ def test_all_memory_techniques(bf16, tmp_path):
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     ours = train(model, tmp_path, flatten, bf16=bf16)
     torch.testing.assert_close(ours, theirs, rtol=2e-3 if bf16 else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluation_and_the_best_model(smoothing, tmp_path):
+    """With a metric of all logits, and a loss that Trainer takes of them: as with sdpa."""
+
+    def accuracy(predictions):
+        right = predictions.predictions.argmax(-1)[:, :-1] == predictions.label_ids[:, 1:]
+        return {"accuracy": right.mean().item()}
+
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "max_steps": 10, "save_steps": 5}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    settings |= {"label_smoothing_factor": smoothing, "save_strategy": "steps"}
+    found = []
+    for patched in (False, True):
+        model = model_of("llama")
+        if patched:
+            hfp.patch(model)
+            hfp.memory.chunked_loss(model, chunk=13)
+        trainer = trainer_of(model, tmp_path, **settings)
+        trainer.compute_metrics = accuracy
+        trainer.train()
+        assert trainer.state.best_model_checkpoint is not None
+        log = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+        metrics = [[entry["eval_loss"], entry["eval_accuracy"]] for entry in log]
+        found.append((curve(trainer), torch.tensor(metrics)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
 DROPOUT = {
@@ -135,19 +169,29 @@ def test_dropout_is_replayed(family, tmp_path):
         torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("adapter", [LORA, LONGLORA], ids=["lora", "longlora"])
-def test_stopped_and_gone_on(adapter, tmp_path):
-    """An adapter on an extended model with a mask: resumed, reloaded, merged."""
+ADAPTED = {
+    "lora": ("llama", LORA, {"rope": "yarn"}),
+    "longlora": ("llama", LONGLORA, {"rope": "yarn"}),
+    "gpt2": ("gpt2", GPT2_LORA | {"modules_to_save": ["wpe"]}, {"positions": "interpolate"}),
+    "bert": ("bert", BERT_LORA | {"modules_to_save": ["position_embeddings"]}, {}),
+}
 
-    def model():
-        base = model_of("llama")
-        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
-        return with_adapter(base, **adapter)
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_stopped_and_gone_on(name, tmp_path):
+    """An adapter on an extended model with a mask: resumed, reloaded, merged."""
+    family, adapter, extension = ADAPTED[name]
+    collator = masked if family == "bert" else padded
+
+    def base():
+        found = model_of(family)
+        hfp.patch(found, max_length=128, mask=hfp.masks.sliding_window(16), **extension)
+        return found
 
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    whole = trainer_of(model(), tmp_path, **settings)
+    whole = trainer_of(with_adapter(base(), **adapter), tmp_path, collator, **settings)
     whole.train()
-    resumed = trainer_of(model(), tmp_path, **settings)
+    resumed = trainer_of(with_adapter(base(), **adapter), tmp_path, collator, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(curve(whole), curve(resumed))
     pairs = zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True)
@@ -157,13 +201,11 @@ def test_stopped_and_gone_on(adapter, tmp_path):
     with torch.no_grad():
         expected = resumed.model.eval()(ids).logits
         resumed.save_model(tmp_path / "adapter")
-        base = model_of("llama").eval()
-        hfp.patch(base, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
-        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(base().eval(), tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, expected)
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        stock = AUTO[family].from_pretrained(tmp_path / "merged")
         report = hfp.patch(stock)  # the mask and the length stand in its config
         torch.testing.assert_close(stock(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert "sliding_window(16)" in str(report)
