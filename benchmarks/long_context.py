@@ -1,7 +1,8 @@
-"""The longest sequence and the time of a step by memory technique, on one device.
+"""The longest sequence and the time of a step by memory technique, on one device or several.
 
     python benchmarks/long_context.py          # Llama-3.1-8B's shape, LoRA, bf16
     python benchmarks/long_context.py --lengths 262144 524288 --techniques tile mask --budget 500
+    torchrun --nproc_per_node 2 benchmarks/long_context.py --techniques tile --lengths 524288
     python benchmarks/long_context.py --tiny   # seconds, on a CPU
 
 A model of random weights, patched, with LoRA on its attention, takes whole training steps: forward,
@@ -13,9 +14,12 @@ backward, AdamW. Techniques add up in this order:
     tile     hfp.memory.tile_layers
     mask     a sparse mask
 
+Several processes share the sequence (hfp.parallel.sequence_parallel) and have the model each.
+
 First all techniques but the mask have to give one loss. A row is then a length and a technique:
 the last step's time, tokens a second, peak memory (of tensors, and of what the allocator holds); or
-that it ran out of memory, after which the technique is done. CSV and figure if asked for.
+that it ran out of memory, after which the technique is done, or with several processes the run.
+CSV and figure if asked for.
 """
 
 import os
@@ -31,6 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, logging
 
 import hf_flash_patch as hfp
@@ -79,6 +84,9 @@ class Arguments:
     )
     mask: str = "sliding_window(8192) | global_tokens(64)"
     tune: str = field(default="lora", metadata={"choices": ["lora", "full"]})
+    share: str = field(
+        default="auto", metadata={"help": "how processes share: auto, ring, ulysses, both"}
+    )
     backend: str = field(default="auto", metadata={"help": "of attention: auto, cuda, torch, ..."})
     host_gib: float | None = field(
         default=None, metadata={"help": "for offloading; by default 70%% of the machine's"}
@@ -153,6 +161,8 @@ def apply(model: torch.nn.Module, technique: str, arguments: Arguments, undo: Ex
         undo.callback(model.gradient_checkpointing_disable)
     if level >= TECHNIQUES.index("tile"):
         undo.enter_context(hfp.memory.tile_layers(model))
+    if dist.is_initialized():
+        undo.enter_context(hfp.parallel.sequence_parallel(model, method=arguments.share))
 
 
 def measure(
@@ -172,6 +182,7 @@ def measure(
             start = time.perf_counter()
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
+            _average(parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row.loss = loss.item()
@@ -180,10 +191,29 @@ def measure(
         row.allocated_gib, row.reserved_gib = _peak(device)
         row.outcome, row.tokens_per_second = "ok", length / row.seconds
     except torch.OutOfMemoryError:
+        if dist.is_initialized():  # the others wait for this one
+            raise SystemExit(f"{technique} ran out of memory at {length:,} tokens.") from None
         row.seconds = row.loss = None
     del optimizer
     model.zero_grad(set_to_none=True)
     return row
+
+
+def _average(parameters: list[torch.nn.Parameter]) -> None:
+    """The gradients' mean over processes, as DDP would take it."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def _agreed(number: float) -> float:
+    """The first process's, for all."""
+    if not dist.is_initialized():
+        return number
+    found = [number]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _release(device: torch.device) -> None:
@@ -220,6 +250,15 @@ def check(model: torch.nn.Module, arguments: Arguments) -> None:
             raise SystemExit(f"{technique} gives the loss {loss}, plain gives {expected}.")
 
 
+def save_csv(rows: list[Row], arguments: Arguments) -> None:
+    """All rows so far."""
+    if arguments.csv is not None:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(rows[0])))
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
 def save_figure(rows: list[Row], path: Path) -> None:
     """Step time and peak memory by length, a line a technique."""
     from matplotlib.figure import Figure
@@ -245,13 +284,24 @@ def main(arguments: Arguments) -> list[Row]:
     start = time.monotonic()
     logging.set_verbosity_error()
     if arguments.tiny:
-        arguments.shape, arguments.device, arguments.lengths = "tiny", "cpu", [128, 256]
+        arguments.shape, arguments.device = "tiny", "cpu"
+        # A ring of two, under the mask, wants four chunks on blocks of 128.
+        arguments.lengths = [512, 1024] if "WORLD_SIZE" in os.environ else [128, 256]
         arguments.mask = "sliding_window(64) | global_tokens(8)"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group()
+        if arguments.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    torch.manual_seed(0)  # of several processes, too
     device = torch.device(arguments.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, hf_flash_patch {hfp.__version__}, {arguments.shape}")
+    processes = dist.get_world_size() if dist.is_initialized() else 1
     model = build(arguments)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G parameters, {arguments.tune}")
+    if first:
+        billions = sum(p.numel() for p in model.parameters()) / 1e9
+        print(f"{processes} x {name}, torch {torch.__version__}, hf_flash_patch {hfp.__version__}")
+        print(f"{arguments.shape}: {billions:.2f} G parameters, {arguments.tune}")
     check(model, arguments)
     rows: list[Row] = []
     for technique in arguments.techniques:
@@ -259,7 +309,7 @@ def main(arguments: Arguments) -> list[Row]:
             apply(model, technique, arguments, undo)
             expected = 0.0  # seconds of a step: quadratic, from the row before
             for index, length in enumerate(sorted(arguments.lengths)):
-                left = arguments.budget - (time.monotonic() - start)
+                left = _agreed(arguments.budget - (time.monotonic() - start))
                 # A step that takes minutes needs no warm-up, and no second one fits.
                 steps = arguments.steps if arguments.steps * expected < min(left, 120) else 1
                 if expected * steps > left:
@@ -267,17 +317,15 @@ def main(arguments: Arguments) -> list[Row]:
                 else:
                     row = measure(model, technique, length, arguments, steps)
                 rows.append(row)
-                _print(row)
+                if first:
+                    _print(row)
+                    save_csv(rows, arguments)
                 if row.outcome != "ok":
                     break
                 following = sorted(arguments.lengths)[index + 1 : index + 2]
-                expected = (row.seconds or 0.0) * (following[0] / length) ** 2 if following else 0.0
-    if arguments.csv is not None:
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(rows[0])))
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-    if arguments.figure is not None:
+                expected = _agreed(row.seconds or 0.0)
+                expected *= (following[0] / length) ** 2 if following else 0.0
+    if arguments.figure is not None and first:
         save_figure(rows, Path(arguments.figure))
     return rows
 

@@ -4,6 +4,8 @@
     python examples/finetune.py examples/configs/lora.yaml --model PATH --data PATH
     accelerate launch --config_file examples/configs/accelerate_fsdp2.yaml \\
         examples/finetune.py examples/configs/full.yaml --model PATH --data PATH
+    accelerate launch --config_file examples/configs/accelerate_shared.yaml \\
+        examples/finetune.py examples/configs/lora.yaml --model PATH --max_length 524288
     torchrun --nproc_per_node 2 examples/finetune.py examples/configs/tiny.yaml --use_cpu
 
 The options are those below, of finetuning/options.py, and transformers' TrainingArguments; a file
@@ -22,6 +24,7 @@ from torch.utils.data import Subset
 from transformers import AutoTokenizer, Trainer, set_seed
 
 from hf_flash_patch.memory import TECHNIQUES
+from hf_flash_patch.parallel import share_in_trainer
 
 
 def main(arguments: list[str]) -> Trainer:
@@ -77,6 +80,12 @@ def main(arguments: list[str]) -> Trainer:
         processing_class=tokenizer,
         callbacks=[records.CompleteCheckpoints(), records.MetricsFile(output / "metrics.csv")],
     )
+    sharing = getattr(trainer.accelerator, "parallelism_config", None)
+    if sharing is not None and sharing.cp_enabled:
+        shared = share_in_trainer(trainer, method=of_model.share)
+        trainer.data_collator.multiple = shared.multiple
+        if training.process_index == 0:
+            print(shared)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     log = trainer.state.log_history
     if trainer.state.global_step not in records.losses(log, f"eval_{lengths[-1]}_loss"):

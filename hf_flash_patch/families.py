@@ -195,6 +195,26 @@ UNBOUNDED = {
     "sinusoidal positions": ("marian", "pegasus", "xglm", "m2m_100", "fsmt", "roformer"),
 }
 
+# Attribute of the model that runs all layers of its encoder, each of which treats tokens alone but
+# for attention; positions have been added before. Tested type by type.
+ENCODERS = {
+    "encoder": (
+        "bert",
+        "electra",
+        "albert",
+        "ernie",
+        "splinter",
+        "roc_bert",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "data2vec-text",
+        "roberta-prelayernorm",
+    ),
+    "transformer": ("distilbert",),
+}
+
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 # Modules named for attention that are not attention from token to token, or of a few queries only;
@@ -208,3 +228,10 @@ def family_of(config: Any) -> Family | None:
     Such a model is served all the same.
     """
     return _BY_MODEL_TYPE.get(getattr(config, "model_type", ""))
+
+
+def encoder_of(config: Any) -> str:
+    """Name in the model that `config` describes of what runs its encoder's layers; empty if
+    `ENCODERS` has none."""
+    model_type = getattr(config, "model_type", "")
+    return next((path for path, types in ENCODERS.items() if model_type in types), "")

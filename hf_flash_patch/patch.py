@@ -22,6 +22,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .families import family_of
+from .integration import unpadding
 from .integration.assignment import Assigned, as_settings, assign, describe, set_patterns
 from .integration.registry import ATTENTION_NAME, register
 from .integration.survey import AttentionModule, calls_us, configs_of, pretrained_roots, survey
@@ -47,6 +48,7 @@ def patch(
     tokenizer: Any = None,
     backend: str = "auto",
     strict: bool = True,
+    remove_padding: bool | None = None,
 ) -> Patch:
     """Make a transformers model compute its attention here; exact, and undone by `Patch.restore()`.
 
@@ -66,14 +68,18 @@ def patch(
             arguments.
         strict: raise if any attention module cannot be served; False: those keep their own
             attention, with one warning, and the reason stands in the report.
+        remove_padding: of encoders like BERT: pack a batch's real tokens before the first layer
+            and unpack them behind the last, with zeros at padding; exact at real tokens, for one
+            synchronisation a forward where there is an attention_mask. Dropout draws other numbers.
+            None keeps what `model.config.hfp` says, at first False.
 
     Returns:
         A `Patch`: the report as text, HTML and data, `restore()`, and a context manager that
         restores.
 
     Raises:
-        UnsupportedModelError: nothing to patch, something cannot be served, patched already, or
-            compiled or sharded. The model is as it was.
+        UnsupportedModelError: nothing to patch, something cannot be served, patched already,
+            compiled or sharded, or without an encoder to remove padding in. The model is as it was.
         UnsupportedKernelError: the backend is unknown or not available here. The model is as it
             was.
         ContextExtensionError: the context cannot be extended as asked, or rope, positions or
@@ -91,7 +97,7 @@ def patch(
     for root in roots:
         _refuse_patched(root)
     backend = _chosen_backend(backend, roots[0].config)
-    plans = [_plan(root, strict, backend, mask) for root in roots]
+    plans = [_plan(root, strict, backend, mask, remove_padding) for root in roots]
     extension = None
     if max_length is not None:
         extension = plan_extension(
@@ -151,6 +157,8 @@ class Patch:
             for root, plan in zip(roots, plans, strict=True):
                 plan.warnings += switch(root, plan.modules, plan.settings, undo)
                 set_patterns(root, plan.assigned, undo)
+                for encoder in plan.encoders:
+                    unpadding.remove_padding(encoder, undo)
             self.reports = tuple(
                 _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
             )
@@ -206,6 +214,7 @@ class _Plan:
     before: dict[str, str]
     settings: dict[str, Any]
     assigned: list[Assigned] = field(default_factory=list)
+    encoders: list[nn.Module] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def of(self, status: str) -> list[AttentionModule]:
@@ -259,7 +268,9 @@ def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
     return backend
 
 
-def _plan(root: PreTrainedModel, strict: bool, backend: str, mask: Any) -> _Plan:
+def _plan(
+    root: PreTrainedModel, strict: bool, backend: str, mask: Any, remove_padding: bool | None
+) -> _Plan:
     name = type(root).__name__
     modules = survey(root)
     before = {module.name: module.implementation for module in modules}
@@ -285,8 +296,14 @@ def _plan(root: PreTrainedModel, strict: bool, backend: str, mask: Any) -> _Plan
         raise UnsupportedModelError(
             f"{name} has no attention that goes through transformers' AttentionInterface."
         )
+    kept = getattr(root.config, "hfp", None) or {}
+    if remove_padding is None:
+        remove_padding = kept.get("remove_padding", False)
+    if remove_padding:
+        plan.encoders = unpadding.padded_encoders(root)
+        plan.settings["remove_padding"] = True
     if mask is None:
-        mask = (getattr(root.config, "hfp", None) or {}).get("mask")
+        mask = kept.get("mask")
     if mask is not None:
         plan.assigned = assign(root, modules, mask)
         if not plan.assigned:
@@ -320,6 +337,8 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
     left = sum(module.status == "served" for module in plan.modules) - len(plan.assigned)
     if plan.assigned and left:
         notes.append(f"mask: not for {left} modules that attend to another sequence or modality.")
+    if plan.encoders:
+        notes.append("padding: removed before the encoder's first layer, put back behind its last.")
     backend = plan.settings["backend"]
     if not extension_status().loaded:
         backend += f" (compiled kernels: {extension_status().reason})"

@@ -189,21 +189,6 @@ def test_extend_encoder(monkeypatch, capsys):
     assert len(unchanged) == 4 and not any("interpolate" in line for line in unchanged)
 
 
-def test_no_text_is_in_both_splits(monkeypatch, tmp_path):
-    from study import data
-
-    for name, content in {"a": "x" * 900, "b": "y" * 800, "c": "x" * 900, "d": "z" * 100}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "module.py").write_text(content)
-    paths = {"stdlib": str(tmp_path / "none"), "purelib": str(tmp_path), "platlib": str(tmp_path)}
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
-    texts = dict(data.packages(10_000))
-    assert list(texts) == ["a", "b", "d"]  # c is a copy of a
-    assert data.split(texts) == (["a", "d"], ["b"])
-    cut = dict(data.packages(1500))
-    assert sum(map(len, cut.values())) < 1900
-
-
 def test_block_sparse(tmp_path, capsys):
     import block_sparse
 

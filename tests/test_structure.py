@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ops": {"errors", "masks"},
     "integration": {"errors", "families", "masks", "ops"},
     "memory": {"errors", "integration"},
-    "parallel": {"errors", "masks", "ops"},
+    "parallel": {"errors", "families", "integration", "masks", "ops"},
     "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},
     "bench": {"env", "errors", "masks", "ops", "testing"},
@@ -34,7 +34,15 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": {"context", "errors", "integration", "masks", "memory", "ops", "parallel", "patch"},
 }
-KNOWS_TRANSFORMERS = {"__init__", "context", "families", "integration", "memory", "patch"}
+KNOWS_TRANSFORMERS = {
+    "__init__",
+    "context",
+    "families",
+    "integration",
+    "memory",
+    "parallel",
+    "patch",
+}
 
 
 def part_of(path: Path) -> str:

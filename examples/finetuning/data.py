@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study.data import TEST_SHARE, encode, packages, split, train_tokenizer
+import torch.nn.functional as F
+from study.data import encode, train_tokenizer
 from study.evaluation import stride_of
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,6 +20,8 @@ from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerBase,
 )
+
+from hf_flash_patch.testing.sources import TEST_SHARE, packages, split
 
 from .options import DataOptions
 
@@ -202,12 +205,14 @@ class Collator:
             are padded on the right to (batch, tokens).
         masked: BERT's task instead of the next token.
         first_position: of a document; RoBERTa-like models start at 2.
+        multiple: batches for training are as long as a multiple of this.
     """
 
     tokenizer: PreTrainedTokenizerBase
     packing: bool
     masked: bool
     first_position: int = 0
+    multiple: int = 1
 
     def __call__(self, items: list[Any]) -> dict[str, Any]:
         """The batch of some items."""
@@ -217,24 +222,39 @@ class Collator:
             flatten = DataCollatorWithFlattening(
                 return_flash_attn_kwargs=True, position_ids_start=self.first_position
             )
-            pieces = [{"input_ids": piece} for row in items for piece in row]
+            pieces = [{"input_ids": piece, "labels": piece} for row in items for piece in row]
+            filling = self._short_of(sum(len(piece["input_ids"]) for piece in pieces))
+            if filling:  # a document of its own, of which no token counts
+                nothing = torch.full((filling,), IGNORED)
+                pieces.append({"input_ids": torch.full_like(nothing, self._pad), "labels": nothing})
             batch = flatten(pieces, return_tensors="pt")
+            real = torch.arange(batch["labels"].shape[1])[None] < batch["labels"].shape[1] - filling
         else:
             batch = self._padded([row[0].long() for row in items])
+            real = batch["attention_mask"].bool()
         if self.masked:
             task = DataCollatorForLanguageModeling(self.tokenizer)
             inputs, labels = task.torch_mask_tokens(batch["input_ids"].clone())
-            real = batch.get("attention_mask", torch.ones_like(labels)).bool()
             batch["input_ids"] = torch.where(real, inputs, batch["input_ids"])
             batch["labels"] = labels.masked_fill(~real, IGNORED)
         return batch
 
+    @property
+    def _pad(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def _short_of(self, length: int) -> int:
+        return -length % self.multiple
+
     def _padded(self, rows: list[Tensor]) -> dict[str, Tensor]:
-        pad = self.tokenizer.pad_token_id or 0
-        pad_sequence = torch.nn.utils.rnn.pad_sequence
-        ones = [torch.ones_like(row) for row in rows]
+        longest = max(map(len, rows))
+        length = longest + self._short_of(longest)
+
+        def column(values: list[Tensor], fill: int) -> Tensor:
+            return torch.stack([F.pad(x, (0, length - len(x)), value=fill) for x in values])
+
         return {
-            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
-            "labels": pad_sequence(rows, batch_first=True, padding_value=IGNORED),
-            "attention_mask": pad_sequence(ones, batch_first=True),
+            "input_ids": column(rows, self._pad),
+            "labels": column(rows, IGNORED),
+            "attention_mask": column([torch.ones_like(row) for row in rows], 0),
         }

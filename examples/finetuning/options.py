@@ -57,6 +57,13 @@ class ModelOptions:
             "choices": list(TECHNIQUES),
         },
     )
+    share: str = field(
+        default="auto",
+        metadata={
+            "help": "how processes share a sequence, where accelerate's cp_size says how many: "
+            "auto, ring, ulysses, both"
+        },
+    )
     merge: bool = field(
         default=False, metadata={"help": "at the end, also save the model with its LoRA merged in"}
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-LARGEST_FILE = 500_000  # bytes; beyond are tables that a program wrote
-TEST_SHARE = 0.15  # of the text, in whole packages
+from hf_flash_patch.testing.sources import packages, split
+
 KEY_DIGITS = 5
 
 
@@ -65,67 +63,6 @@ def corpus(
         partial.rename(cache)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return Corpus(tokenizer, **torch.load(cache))
-
-
-def packages(limit: int) -> Iterator[tuple[str, str]]:
-    """Name and text of every installed package and of the standard library, largest first.
-
-    Args:
-        limit: bytes of all together; the largest packages are cut to the same size to meet it.
-    """
-    paths = sysconfig.get_paths()
-    library = Path(paths["stdlib"])
-    roots = {"python": [f for f in library.rglob("*.py") if "site-packages" not in f.parts]}
-    for top in {Path(paths["purelib"]), Path(paths["platlib"])}:
-        for package in top.iterdir() if top.is_dir() else ():
-            if package.is_dir() and not package.name.startswith((".", "_")):
-                roots.setdefault(package.name, sorted(package.rglob("*.py")))
-    sizes = {name: sum(map(_size, files)) for name, files in roots.items()}
-    cut = _cut(sorted(sizes.values()), limit)
-    seen: set[bytes] = set()
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        parts, size = [], 0
-        for file in sorted(roots[name]):
-            if size >= cut:
-                break
-            content = file.read_bytes() if _size(file) else b""
-            digest = hashlib.sha1(content).digest()
-            if not content or digest in seen:  # a copy would be in both splits
-                continue
-            seen.add(digest)
-            parts.append(f"# {file.name}\n" + content.decode("utf-8", errors="replace"))
-            size += len(content)
-        if parts:
-            yield name, "\n\n".join(parts)
-
-
-def _size(file: Path) -> int:
-    size = file.stat().st_size if file.is_file() else 0
-    return size if 0 < size <= LARGEST_FILE else 0
-
-
-def _cut(sizes: list[int], limit: int) -> int:
-    """The size to which packages have to be cut so that all together meet the limit."""
-    for index, size in enumerate(sizes):
-        left = len(sizes) - index
-        if size * left > limit:
-            return limit // left
-        limit -= size
-    return sizes[-1] if sizes else 0
-
-
-def split(texts: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Names of the training and of the test packages: from large to small, the first for training,
-    then as many for testing as make up `TEST_SHARE`."""
-    total = sum(map(len, texts.values()))
-    train, test, size = [], [], 0
-    for index, (name, text) in enumerate(texts.items()):
-        if index % 3 == 1 and size < TEST_SHARE * total:
-            test.append(name)
-            size += len(text)
-        else:
-            train.append(name)
-    return train, test
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -79,13 +79,17 @@ def check_dropout(dropped: Tensors, plain: Tensors, dropout: float) -> None:
                 )
 
 
-def _blocks(problem: Problem, heads: int, rows: slice) -> MaskArguments | None:
+def _blocks(problem: Problem, heads: int, rows: range) -> MaskArguments | None:
     """The block mask of some rows of the last heads, element by element."""
     if not problem.cell.density:
         return None
-    blocks = problem.cell.blocks[-heads:, rows.start // TILE : rows.stop // TILE]
-    seen = blocks.to(problem.q.device).repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
-    return MaskArguments(attn_bias=seen[None])
+    hidden = problem.cell.seqlen - problem.cell.lengths[-1]  # padding, which is on the left
+    start, stop = hidden + rows.start, hidden + rows.stop
+    first = start // TILE
+    blocks = problem.cell.blocks[-heads:, first : (stop - 1) // TILE + 1].to(problem.q.device)
+    seen = blocks.repeat_interleave(TILE, 1).repeat_interleave(TILE, 2)
+    start, stop = start - first * TILE, stop - first * TILE
+    return MaskArguments(attn_bias=seen[None, :, start:stop, hidden:])
 
 
 def _dot(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -108,7 +112,7 @@ def _formula(problem: Problem, dtype: torch.dtype) -> Tensors:
             q[:, rows],
             k[:, keys],
             v[:, keys],
-            mask=_blocks(problem, q.shape[2], rows),
+            mask=_blocks(problem, q.shape[2], range(start, min(start + ROWS, seqlen_q))),
             causal=cell.causal,
             window_size=cell.window_size,
             dtype=dtype,

@@ -29,6 +29,8 @@ OURS = "hfp"
 DENSE, COPY = "hfp_dense", "copy"
 YARDSTICKS = (DENSE, COPY)
 
+MASK_BYTES = 2**32  # that FlexAttention may take to prepare its mask
+
 
 class Refusal(Exception):
     """The contestant has no such mask, layout or dropout."""
@@ -114,7 +116,11 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
         if rules:
             batch = cell.batch if cell.layout == "padded" else None
             device = str(problem.q.device)
-            block_mask = create_block_mask(and_masks(*rules), batch, None, seqlen, seqlen, device)
+            # Uncompiled it makes the whole mask, 64 GiB for 16 padded sequences of 65536.
+            large = (batch or 1) * seqlen**2 > MASK_BYTES
+            block_mask = create_block_mask(
+                and_masks(*rules), batch, None, seqlen, seqlen, device, _compile=large
+            )
         # One compilation a shape. Without the reset the ninth would silently run uncompiled, and
         # with donated buffers a backward cannot be repeated.
         torch._functorch.config.donated_buffer = False

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ class Problem:
         q, k, v: (batch, seqlen, heads, head_dim); packed, (total, heads, head_dim). Leaves that
             require gradients, but for decode. Decode's k and v lie in memory as transformers'
             caches do, (batch, heads, seqlen, head_dim).
-        dout: like q.
+        dout: like q; 0 at padding, where no loss is.
         sources: the (k, v) to read from in turns, so that decode finds none of it in L2; (k, v) is
             the first.
     """
@@ -57,6 +58,8 @@ class Problem:
             self.sources = [(random(*shape).requires_grad_(), random(*shape).requires_grad_())]
             self.q.requires_grad_()
         self.k, self.v = self.sources[0]
+        if cell.layout == "padded":
+            self.dout[~self.real] = 0
 
     def without_dropout(self) -> Problem:
         """The same tensors under the same mask, with dropout 0."""
@@ -85,24 +88,20 @@ class Problem:
     @cached_property
     def mask(self) -> MaskArguments | None:
         """What ours is given; padding and blocks as the patch gives them, once for all layers."""
+        given: dict[str, Any] = {}
         if self.cell.density:
             pattern = from_block_layout(self.cell.blocks, TILE)
             seqlen, num_heads = self.cell.seqlen, self.cell.num_heads
-            return MaskArguments(
-                block_mask=pattern.block_mask(seqlen, num_heads=num_heads, device=self.q.device)
+            given["block_mask"] = pattern.block_mask(
+                seqlen, num_heads=num_heads, device=self.q.device
             )
         if self.cell.layout == "packed":
             longest = max(self.cell.lengths)
-            return MaskArguments(
-                cu_seqlens_q=self.cu_seqlens,
-                cu_seqlens_k=self.cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_k=longest,
-            )
+            given |= {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens}
+            given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
         if self.cell.layout == "padded":
-            key_range, key_bits = pack_key_padding(self.real)
-            return MaskArguments(key_range=key_range, key_bits=key_bits)
-        return None
+            given["key_range"], given["key_bits"] = pack_key_padding(self.real)
+        return MaskArguments(**given) if given else None
 
     def gradients(self, out: torch.Tensor) -> Tensors:
         """dq, dk and dv, by autograd; may be called again."""

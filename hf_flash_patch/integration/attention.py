@@ -7,19 +7,21 @@ head_dim); the difference is a view. transformers' words (query, scaling, attent
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import UnsupportedKernelError, UnsupportedModelError
+from ..errors import ParallelError, UnsupportedKernelError, UnsupportedModelError
 from ..ops.arguments import MaskArguments
 from ..ops.functional import attention
 from .dtypes import to_compute_dtype
 from .masking import AttentionMask
-from .outputs import attention_weights_wanted
+from .outputs import wanted
 from .request import Request
+from .sharing import share_of
 from .sparse import pattern_of, with_pattern
 
 # Arguments some models hand to an attention function that change its result and that are not
@@ -87,6 +89,7 @@ def hfp_attention(
         UnsupportedModelError: attention weights or one of REFUSED_ARGUMENTS are asked for.
         UnsupportedKernelError: the backend asked for cannot serve it.
         MaskError: the mask does not fit the tensors.
+        ParallelError: processes share the sequence, and cannot share this.
     """
     _refuse(module, kwargs)
     query, key, value = to_compute_dtype(module, query, key, value)
@@ -96,6 +99,18 @@ def hfp_attention(
         is_causal = bool(getattr(module, "is_causal", True))
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+
+    options: dict[str, Any] = {
+        "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        "softcap": float(softcap or 0.0),
+        "dropout_p": float(dropout),
+        "deterministic": deterministic,
+        "backend": _backend(module),
+    }
+    share = share_of(module)
+    if share is not None:
+        mask = _of_whole_sequence(module, attention_mask, position_bias)
+        return share.attend(query, key, value, mask, pattern_of(module), options, s_aux), None
 
     request = Request(query.shape[0], query.shape[2], key.shape[2], query.device)
     mask, bias = request.resolve(attention_mask, is_causal, sliding_window)
@@ -107,7 +122,14 @@ def hfp_attention(
 
     varlen: MaskArguments | None = None
     doc_range = None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+    if mask.cu_seqlens is not None:
+        if bias is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has a position bias, of padded sequences; "
+                "remove_padding cannot serve it."
+            )
+        varlen = mask.arguments()
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         if bias is None and mask.is_plain and request.batch_size == 1:
             varlen = MaskArguments(
                 cu_seqlens_q=cu_seq_lens_q.int(),
@@ -120,15 +142,7 @@ def hfp_attention(
     elif position_ids is not None and not _is_dense(attention_mask) and not _is_cross(module):
         doc_range = request.documents_in(position_ids, mask)
 
-    options = {
-        "causal": mask.causal,
-        "window_size": mask.window_size,
-        "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-        "softcap": float(softcap or 0.0),
-        "dropout_p": float(dropout),
-        "deterministic": deterministic,
-        "backend": _backend(module),
-    }
+    options |= {"causal": mask.causal, "window_size": mask.window_size}
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         if s_aux is not None:
             raise UnsupportedModelError(
@@ -141,14 +155,28 @@ def hfp_attention(
     if varlen is not None:
         # (1, num_heads, total, head_dim) -> (total, num_heads, head_dim)
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return _attend(q, k, v, varlen, options, s_aux)[None], None
+        return attend(partial(attention, mask=varlen, **options), q, k, v, s_aux)[None], None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return _attend(q, k, v, _with_bias(mask.arguments(doc_range), bias), options, s_aux), None
+    arguments = _with_bias(mask.arguments(doc_range), bias)
+    return attend(partial(attention, mask=arguments, **options), q, k, v, s_aux), None
+
+
+def _of_whole_sequence(
+    module: nn.Module, mask: Any, position_bias: torch.Tensor | None
+) -> AttentionMask:
+    """The mask that `hfp_mask` made of a sequence that several processes share."""
+    if isinstance(mask, AttentionMask) and position_bias is None:
+        return mask
+    what = "a position bias" if position_bias is not None else "a mask of its own making"
+    raise ParallelError(
+        f"{type(module).__name__} passes {what} to its attention, which is of this process's "
+        "tokens only; its sequences cannot be shared among processes."
+    )
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
     name = type(module).__name__
-    if kwargs.get("output_attentions") or attention_weights_wanted():
+    if kwargs.get("output_attentions") or wanted("attentions"):
         raise UnsupportedModelError(
             f"output_attentions=True: {name} is to return its attention weights, which are never "
             'formed. Ask for them on a model with set_attn_implementation("eager"), or after '
@@ -186,24 +214,29 @@ def _with_bias(arguments: MaskArguments, bias: torch.Tensor | None) -> MaskArgum
     return replace(arguments, attn_bias=bias)
 
 
-def _attend(
+def attend(
+    call: partial,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    arguments: MaskArguments,
-    options: dict[str, Any],
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The op, with the head_dim of v made that of q where a kernel needs it, and sinks."""
+    """A call of ops, with the head_dim of v made that of q where a kernel needs it, and sinks.
+
+    Args:
+        call: of q, k, v and return_lse, its backend among its keywords.
+        q, k, v: as in `ops`.
+        sinks: (num_heads,) or None.
+    """
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    if head_dim != head_dim_v and q.is_cuda and options["backend"] != "torch":
+    if head_dim != head_dim_v and q.is_cuda and call.keywords["backend"] != "torch":
         # Zeros change neither q.k nor the other columns of v. The torch engine needs none.
         wide = max(head_dim, head_dim_v)
         q, k, v = (F.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-        return _attend(q, k, v, arguments, options, sinks)[..., :head_dim_v]
+        return attend(call, q, k, v, sinks)[..., :head_dim_v]
     if sinks is None:
-        return attention(q, k, v, mask=arguments, **options)  # type: ignore[return-value]
-    out, lse = attention(q, k, v, mask=arguments, **options, return_lse=True)
+        return call(q, k, v)
+    out, lse = call(q, k, v, return_lse=True)
     # A sink adds exp(sink) to the softmax's denominator and nothing to its numerator.
     kept = torch.sigmoid(lse - sinks.reshape(-1, 1).to(lse.dtype))  # (..., num_heads, seqlen_q)
     return out * kept.transpose(-1, -2).unsqueeze(-1).to(out.dtype)

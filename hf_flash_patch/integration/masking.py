@@ -23,12 +23,15 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
+from ..errors import ParallelError
 from ..masks.block_mask import BlockMask
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
 from . import packing
 from .patterns import Pattern, read_mask_function
+from .sharing import WholeSequence, whole_sequence
 
+_TENSORS = ("cu_seqlens", "seqused_k", "key_padding", "key_range", "key_bits", "doc_range")
 _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
 
@@ -50,7 +53,9 @@ class AttentionMask:
         q_start, k_start: positions of the first query (a tensor of one element where only the
             device knows it; None for seqlen_k - seqlen_q after the first key) and the first key.
         block_mask: lists of blocks, or None.
-        combined: this mask under patterns, by pattern; see `sparse.with_pattern`.
+        cu_seqlens: int32 (batch + 1,) or None; if given, the tensors have in one row the real
+            tokens of sequences that were padded to seqlen_q: `tokens`, and `longest` of one.
+        combined: this mask under patterns, by pattern, and as lists; see `sparse.under`.
     """
 
     batch_size: int
@@ -68,7 +73,10 @@ class AttentionMask:
     q_start: int | torch.Tensor | None = None
     k_start: int = 0
     block_mask: BlockMask | None = None
-    combined: dict[Any, AttentionMask] = field(default_factory=dict, repr=False)
+    cu_seqlens: torch.Tensor | None = None
+    tokens: int = 0
+    longest: int = 0
+    combined: dict[Any, Any] = field(default_factory=dict, repr=False)
     _packed: dict[str, Any] = field(default_factory=dict, repr=False)
 
     # What transformers and accelerate ask of a mask they did not make.
@@ -81,17 +89,23 @@ class AttentionMask:
         return torch.Size((self.batch_size, 1, self.seqlen_q, self.seqlen_k))
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows, queries and keys of the tensors it is for."""
+        if self.cu_seqlens is not None:
+            return 1, self.tokens, self.tokens
+        return self.batch_size, self.seqlen_q, self.seqlen_k
+
+    @property
     def is_plain(self) -> bool:
         """Whether causality and the window are all there is."""
         hides = (self.seqused_k, self.key_range, self.doc_range, self.dense, self.block_mask)
-        return all(rule is None for rule in hides)
+        return all(rule is None for rule in (*hides, self.cu_seqlens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on `device`; accelerate moves what a layer is given to its device."""
-        names = ("seqused_k", "key_padding", "key_range", "key_bits", "doc_range", "dense")
         moved: dict[str, Any] = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in names
+            for name in (*_TENSORS, "dense")
             if getattr(self, name) is not None
         }
         if isinstance(self.q_start, torch.Tensor):
@@ -125,7 +139,12 @@ class AttentionMask:
 
     def arguments(self, doc_range: torch.Tensor | None = None) -> MaskArguments:
         """What `ops` takes, `doc_range` included."""
+        longest = None if self.cu_seqlens is None else self.longest
         return MaskArguments(
+            cu_seqlens_q=self.cu_seqlens,
+            cu_seqlens_k=self.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
             seqused_k=self.seqused_k,
             key_range=self.key_range,
             key_bits=self.key_bits,
@@ -225,10 +244,36 @@ def hfp_mask(
     }
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     pattern = _read(request, local_size, bidirectional, config)
+    sequence = whole_sequence()
+    if sequence is not None:
+        return _shared(pattern, request, sequence)
     mask = None if pattern is None else _compact(pattern, request)
     if mask is not None:
         return mask
     return _materialised(request)
+
+
+def _shared(
+    pattern: Pattern | None, request: dict[str, Any], sequence: WholeSequence
+) -> AttentionMask:
+    """The mask of a whole sequence, from a process's request for its own tokens."""
+    own = request["q_length"]
+    square = (request["kv_length"], request["q_offset"], request["kv_offset"]) == (own, 0, 0)
+    if not square or own * sequence.processes != sequence.seqlen:
+        raise ParallelError(
+            f"attention of {own} queries to {request['kv_length']} keys, where "
+            f"{sequence.processes} processes share {sequence.seqlen} tokens: only self-attention "
+            "without a cache can be shared."
+        )
+    if pattern is None or pattern.documents is not None or pattern.chunk_size:
+        raise ParallelError(
+            "the model's mask is a function of its own tokens' contents or chunks, which says "
+            "nothing about the whole sequence."
+        )
+    size = {"q_length": sequence.seqlen, "kv_length": sequence.seqlen}
+    mask = _compact(pattern, {**request, **size, "attention_mask": sequence.key_padding})
+    assert mask is not None  # a square request always has a compact form
+    return replace(mask, doc_range=sequence.doc_range)
 
 
 def _materialised(request: dict[str, Any]) -> AttentionMask:

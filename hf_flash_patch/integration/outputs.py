@@ -1,11 +1,12 @@
-"""Whether the running forward is to collect attention weights."""
+"""What the running forward is to collect besides its result."""
 
 import torch
 from transformers.utils import output_capturing
 
 
-def attention_weights_wanted() -> bool:
-    """True inside a forward with output_attentions=True.
+def wanted(kind: str) -> bool:
+    """True inside a forward with output_attentions=True ("attentions") or output_hidden_states=True
+    ("hidden_states").
 
     Most models do not tell their attention modules: a hook picks the weights up, finds None, and
     drops them without a word. The collector of the running forward is the one place that knows.
@@ -16,4 +17,4 @@ def attention_weights_wanted() -> bool:
     # A context variable cannot be read while torch.compile traces; transformers then uses this
     # attribute instead.
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return bool(collected) and any(name.endswith("attentions") for name in collected)
+    return bool(collected) and any(name.endswith(kind) for name in collected)

@@ -86,7 +86,7 @@ class Request:
         return packing.ranges_from_cu_seqlens(cu_seqlens, self.seqlen_q)
 
     def _checked(self, mask: AttentionMask) -> AttentionMask:
-        got = (mask.batch_size, mask.seqlen_q, mask.seqlen_k)
+        got = mask.sizes
         expected = (self.batch_size, self.seqlen_q, self.seqlen_k)
         if got != expected:
             raise MaskError(

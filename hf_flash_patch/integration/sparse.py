@@ -42,7 +42,11 @@ def with_pattern(
     """
     if isinstance(pattern, TopKBlocks):
         return _choose(mask, pattern, query, key)
-    num_heads = query.shape[1]
+    return under(mask, pattern, query.shape[1])
+
+
+def under(mask: AttentionMask, pattern: Pattern, num_heads: int) -> AttentionMask:
+    """`with_pattern`, for a pattern of positions."""
     if torch.compiler.is_compiling():
         return _combine(mask, pattern, num_heads)
     known = (pattern, num_heads)

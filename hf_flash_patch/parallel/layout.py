@@ -2,7 +2,7 @@
 
 "contiguous": rank r of n has the r-th of n equal parts. "zigzag": the sequence has 2 n equal
 chunks, and rank r has chunks r and 2 n - 1 - r, in that order, so that under a causal mask all
-have the same work.
+have the same work. Or, chunk by chunk, any other: `balanced` makes those.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ..errors import ParallelError
 
 LAYOUTS = ("contiguous", "zigzag")
+Layout = str | tuple[tuple[int, ...], ...]
 
 
 def shard(
@@ -20,7 +21,7 @@ def shard(
     group: dist.ProcessGroup | None = None,
     *,
     dim: int = 1,
-    layout: str = "zigzag",
+    layout: Layout = "zigzag",
 ) -> torch.Tensor:
     """This process's tokens of a tensor that every process has whole.
 
@@ -31,7 +32,8 @@ def shard(
         tensor: any, with the sequence along `dim`.
         group: processes that share the sequence; None for all.
         dim: of the sequence.
-        layout: "zigzag" for `ring_attention`, "contiguous" for `ulysses_attention`.
+        layout: "zigzag" for `ring_attention`, "contiguous" for `ulysses_attention`; or the numbers
+            of each process's chunks, as from `balanced`.
 
     Returns:
         The shard, contiguous; length seqlen / n along `dim`.
@@ -49,7 +51,7 @@ def unshard(
     group: dist.ProcessGroup | None = None,
     *,
     dim: int = 1,
-    layout: str = "zigzag",
+    layout: Layout = "zigzag",
 ) -> torch.Tensor:
     """The whole tensor from every process's shard, without a gradient; undoes `shard`.
 
@@ -74,16 +76,42 @@ def unshard(
     return torch.cat([placed[i] for i in sorted(placed)], dim)
 
 
-def owned(rank: int, size: int, layout: str) -> tuple[int, ...]:
+def balanced(cost: list[float], size: int) -> Layout:
+    """Chunks for each of `size` processes, as many each, so that their costs differ little.
+
+    Args:
+        cost: of each chunk of the sequence, from any number that `size` divides.
+        size: processes.
+
+    Returns:
+        the numbers of each process's chunks, rising: the most expensive ones are given out first,
+        each to whom has the least (Graham's rule), and of equal ones the first.
+    """
+    each = len(cost) // size
+    given: list[list[int]] = [[] for _ in range(size)]
+    for chunk in sorted(range(len(cost)), key=lambda i: (-cost[i], i)):
+        room = (rank for rank in range(size) if len(given[rank]) < each)
+        given[min(room, key=lambda rank: (sum(cost[i] for i in given[rank]), rank))].append(chunk)
+    return tuple(tuple(sorted(chunks)) for chunks in given)
+
+
+def owned(rank: int, size: int, layout: Layout) -> tuple[int, ...]:
     """The numbers of a rank's chunks, in its order."""
+    if not isinstance(layout, str):
+        return layout[rank]
     return (rank,) if layout == "contiguous" else (rank, 2 * size - 1 - rank)
 
 
-def _chunks(seqlen: int, size: int, layout: str) -> int:
+def _chunks(seqlen: int, size: int, layout: Layout) -> int:
     """Tokens of a chunk."""
-    if layout not in LAYOUTS:
+    if isinstance(layout, str) and layout not in LAYOUTS:
         raise ParallelError(f"layout is {layout!r}; it has to be one of {', '.join(LAYOUTS)}.")
-    count = size * (2 if layout == "zigzag" else 1)
+    each = [len(owned(rank, size, layout)) for rank in range(size)]
+    count = sum(each)
+    if len(set(each)) > 1 or (
+        sorted(i for rank in range(size) for i in owned(rank, size, layout)) != [*range(count)]
+    ):
+        raise ParallelError(f"layout {layout} does not give {size} processes equally many chunks.")
     if seqlen % count:
         raise ParallelError(
             f"{seqlen} tokens do not divide into {count} equal chunks ({size} processes, "

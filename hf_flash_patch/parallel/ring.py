@@ -2,15 +2,15 @@
 
 Process r has chunks r and 2 n - 1 - r of 2 n. Under a causal mask alone, each step is then one call
 of the same cost everywhere: its own keys causally; the first half of an earlier process's keys for
-all queries; all keys of a later process for the second half of the queries. Under other masks a
-step is a call for each pair of chunks that sees anything.
+all queries; all keys of a later process for the second half of the queries. Under other masks, and
+in other layouts, a step is a call for each pair of chunks that sees anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +21,9 @@ from ..masks.block_mask import BlockMask
 from ..masks.part import part_of
 from ..masks.pattern import Pattern
 from ..ops.arguments import MaskArguments, check_tensors
-from ..ops.functional import attention, attention_backward
+from ..ops.functional import Output, attention, attention_backward
 from ..ops.padding import pack_key_padding
-from .layout import owned
+from .layout import Layout, owned
 
 _ALL = slice(None)
 _seeing: WeakKeyDictionary[BlockMask, bool] = WeakKeyDictionary()
@@ -42,29 +42,31 @@ def ring_attention(
     block_mask: Pattern | BlockMask | None = None,
     key_padding_mask: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+    return_lse: bool = False,
+    layout: Layout = "zigzag",
+) -> Output:
     """Attention of a sequence whose tokens n processes share, exact.
 
     While a process computes with one part of the keys, the next part is on its way. Partial results
     are put together in fp32, and so are the gradients of k and v, which go round behind them.
 
     Args:
-        q: (batch, seqlen / n, num_heads, head_dim), this process's tokens in "zigzag" layout (see
-            `shard`).
+        q: (batch, seqlen / n, num_heads, head_dim), this process's tokens (see `shard`).
         k, v: (batch, seqlen / n, num_heads_k, head_dim).
         group: the processes, in the order of the ring; None for all.
-        causal, softmax_scale, softcap, deterministic, backend: as in `flash_attn_func`. A window
-            is a pattern: `masks.sliding_window`.
-        block_mask: a pattern or `BlockMask` of the whole sequence. seqlen / (2 n) has to be a
-            multiple of its block size.
+        causal, softmax_scale, softcap, deterministic, backend, return_lse: as in
+            `flash_attn_func`. A window is a pattern: `masks.sliding_window`.
+        block_mask: a pattern or `BlockMask` of the whole sequence. A chunk, in "zigzag" layout
+            seqlen / (2 n), has to be a multiple of its block size.
         key_padding_mask: bool (batch, seqlen / n), True where this process's keys are real.
+        layout: what `shard` was given.
 
     Returns:
         (batch, seqlen / n, num_heads, head_dim), this process's part of the output; a query that
-        sees no key gives 0.
+        sees no key gives 0. With return_lse also lse, fp32 (batch, num_heads, seqlen / n).
 
     Raises:
-        ParallelError: the shard has an odd number of tokens.
+        ParallelError: the shard does not divide into chunks.
         UnsupportedKernelError, MaskError: as in `flash_attn_func`.
 
     Source: Liu et al., Ring Attention (arXiv 2310.01889); zigzag order: Zhu, ring-flash-attention.
@@ -72,11 +74,14 @@ def ring_attention(
     check_tensors(q, k, v, varlen=False)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     seqlen = q.shape[1]
-    if seqlen % 2 or k.shape[1] != seqlen:
+    chunks = tuple(owned(place, size, layout) for place in range(size))
+    each = len(chunks[rank])
+    if seqlen % each or k.shape[1] != seqlen:
         raise ParallelError(
-            f"the shard has {seqlen} queries and {k.shape[1]} keys; zigzag order wants as many, "
-            "and an even number: pad the sequence to a multiple of twice the processes."
+            f"the shard has {seqlen} queries and {k.shape[1]} keys; a ring wants as many, in "
+            f"{each} equal chunks: pad the sequence to a multiple of {each * size}."
         )
+    chunk = seqlen // each
     if isinstance(block_mask, Pattern):
         block_mask = block_mask.block_mask(seqlen * size, seqlen * size, q.shape[2], q.device)
     if block_mask is not None and block_mask.seqlen_q != seqlen * size:
@@ -84,10 +89,10 @@ def ring_attention(
             f"block_mask is for {block_mask.seqlen_q} tokens, {size} processes share "
             f"{seqlen * size}."
         )
-    if block_mask is not None and seqlen // 2 % block_mask.block_size:
+    if block_mask is not None and chunk % block_mask.block_size:
         raise MaskError(
-            f"chunks of {seqlen // 2} tokens do not lie on blocks of {block_mask.block_size}; pad "
-            f"the sequence to a multiple of {2 * size * block_mask.block_size}."
+            f"chunks of {chunk} tokens do not lie on blocks of {block_mask.block_size}; pad the "
+            f"sequence to a multiple of {each * size * block_mask.block_size}."
         )
     if key_padding_mask is not None and tuple(key_padding_mask.shape) != tuple(k.shape[:2]):
         raise MaskError(
@@ -95,9 +100,10 @@ def ring_attention(
             f"process's (batch, seqlen / n) = {tuple(k.shape[:2])}."
         )
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend}
-    plan = _Plan(rank, size, seqlen // 2, causal, block_mask, options, deterministic)
+    plan = _Plan(rank, chunks, chunk, causal, block_mask, options, deterministic)
     padding = None if key_padding_mask is None else key_padding_mask.bool()
-    return cast(torch.Tensor, _Ring.apply(q, k, v, padding, _Neighbours(group), plan))
+    out, lse = _Ring.apply(q, k, v, padding, _Neighbours(group), plan)  # type: ignore[misc]
+    return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
@@ -121,31 +127,46 @@ class _Call:
 @dataclass(frozen=True)
 class _Plan:
     rank: int
-    size: int
-    chunk: int
+    chunks: tuple[tuple[int, ...], ...]  # numbers, by rank
+    chunk: int  # tokens
     causal: bool
     block_mask: BlockMask | None
     options: dict[str, Any]
     deterministic: bool
 
+    @property
+    def size(self) -> int:
+        return len(self.chunks)
+
     def calls(self, source: int) -> Iterator[_Call]:
         """What to compute with the keys of rank `source`."""
-        first, second = slice(0, self.chunk), slice(self.chunk, 2 * self.chunk)
-        if self.block_mask is None:
-            if not self.causal or source == self.rank:
-                yield _Call(_ALL, _ALL, self.causal)
+        zigzag = all(
+            own == owned(rank, self.size, "zigzag") for rank, own in enumerate(self.chunks)
+        )
+        if self.block_mask is None and not self.causal:
+            yield _Call(_ALL, _ALL, False)
+        elif self.block_mask is None and zigzag:
+            if source == self.rank:
+                yield _Call(_ALL, _ALL, True)
             elif source < self.rank:
-                yield _Call(_ALL, first, False)
+                yield _Call(_ALL, slice(0, self.chunk), False)
             else:
-                yield _Call(second, _ALL, False)
+                yield _Call(slice(self.chunk, 2 * self.chunk), _ALL, False)
+        else:
+            for rows, i in enumerate(self.chunks[self.rank]):
+                for keys, j in enumerate(self.chunks[source]):
+                    yield from self._pair(self._tokens(rows), i, self._tokens(keys), j)
+
+    def _pair(self, rows: slice, i: int, keys: slice, j: int) -> Iterator[_Call]:
+        """Chunk i, this process's `rows`, against chunk j, `keys` of those that are here."""
+        if self.causal and j > i:
             return
-        for rows, i in zip((first, second), owned(self.rank, self.size, "zigzag"), strict=True):
-            for keys, j in zip((first, second), owned(source, self.size, "zigzag"), strict=True):
-                if self.causal and j > i:
-                    continue
-                part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
-                if _sees_anything(part):
-                    yield _Call(rows, keys, self.causal and i == j, part)
+        part = None
+        if self.block_mask is not None:
+            part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
+            if not _sees_anything(part):
+                return
+        yield _Call(rows, keys, self.causal and i == j, part)
 
     def _tokens(self, chunk: int) -> slice:
         return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
@@ -189,11 +210,10 @@ class _Ring(torch.autograd.Function):
         padding: torch.Tensor | None,
         neighbours: _Neighbours,
         plan: _Plan,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.zeros(q.shape, dtype=exact, device=q.device)
-        shape = (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
+        total: tuple[torch.Tensor, torch.Tensor] | None = None
         for source, keys, mask in _round(k, v, padding, neighbours, plan):
             for call in plan.calls(source):
                 part, part_lse = attention(
@@ -203,26 +223,30 @@ class _Ring(torch.autograd.Function):
                     return_lse=True,
                     **call.options(plan, mask),
                 )
-                _merge(out[:, call.rows], lse[..., call.rows], part, part_lse)
+                total = _merge(total, call.rows, part, part_lse, q, exact)
+        out, lse = _nothing(q, exact) if total is None else total
         result = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, padding, result, lse)
         ctx.neighbours, ctx.plan = neighbours, plan
-        return result
+        return result, lse
 
     @staticmethod
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, padding, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
         neighbours, plan = ctx.neighbours, ctx.plan
         exact = lse.dtype
-        dq = torch.zeros(q.shape, dtype=exact, device=q.device)
+        dq: torch.Tensor | None = None
         gradients: list[torch.Tensor] = []  # of the keys that are here
         for step, (source, keys, mask) in enumerate(_round(k, v, padding, neighbours, plan)):
             coming, works = neighbours.pass_on(gradients) if step else ([], [])
-            own = [torch.zeros(x.shape, dtype=exact, device=x.device) for x in (k, v)]
+            own: list[torch.Tensor | None] = [None, None]
             for call in plan.calls(source):
-                part_q, part_k, part_v = attention_backward(
+                part_q, *parts = attention_backward(
                     dout[:, call.rows],
-                    None,
+                    None if dlse is None else dlse[..., call.rows].contiguous(),
                     q[:, call.rows],
                     keys[0][:, call.keys],
                     keys[1][:, call.keys],
@@ -230,15 +254,21 @@ class _Ring(torch.autograd.Function):
                     lse[..., call.rows].contiguous(),
                     **call.options(plan, mask),
                 )
-                dq[:, call.rows] += part_q
-                own[0][:, call.keys] += part_k
-                own[1][:, call.keys] += part_v
+                dq = _add(dq, call.rows, part_q, q, exact)
+                own = [
+                    _add(total, call.keys, part, like, exact)
+                    for total, part, like in zip(own, parts, (k, v), strict=True)
+                ]
             for work in works:
                 work.wait()
-            gradients = [a + b for a, b in zip(own, coming, strict=True)] if coming else own
+            for i, (total, like) in enumerate(zip(own, (k, v), strict=True)):
+                here = _zeros(like, exact) if total is None else total
+                own[i] = here.add_(coming[i]) if coming else here
+            gradients = [x for x in own if x is not None]
         home, works = neighbours.pass_on(gradients)
         for work in works:
             work.wait()
+        dq = torch.zeros_like(q) if dq is None else dq
         return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
 
 
@@ -261,14 +291,50 @@ def _round(
         here = following
 
 
+def _nothing(q: torch.Tensor, exact: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of queries that have seen nothing yet."""
+    shape = (q.shape[0], q.shape[2], q.shape[1])
+    lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
+    return _zeros(q, exact), lse
+
+
+def _zeros(like: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
+    return torch.zeros(like.shape, dtype=exact, device=like.device)  # contiguous, unlike zeros_like
+
+
 def _merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> None:
+    total: tuple[torch.Tensor, torch.Tensor] | None,
+    rows: slice,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    q: torch.Tensor,
+    exact: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds a part's softmax to what is there, in place; rows that have seen nothing stay at 0."""
+    if total is None and rows == _ALL:
+        return part.to(exact), part_lse.to(exact)
+    total = _nothing(q, exact) if total is None else total
+    out, lse = total[0][:, rows], total[1][..., rows]
     both = torch.logaddexp(lse, part_lse)
     base = both.masked_fill(both == float("-inf"), 0.0)
     old, new = (
         (x - base).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse)
     )  # (batch, seqlen, num_heads, 1)
-    out.mul_(old).add_(part * new)
+    out.mul_(old).addcmul_(part, new)
     lse.copy_(both)
+    return total
+
+
+def _add(
+    total: torch.Tensor | None,
+    tokens: slice,
+    part: torch.Tensor,
+    like: torch.Tensor,
+    exact: torch.dtype,
+) -> torch.Tensor:
+    """A part's gradient added to what is there, in place."""
+    if total is None and tokens == _ALL:
+        return part.to(exact).contiguous()  # it will be sent
+    total = _zeros(like, exact) if total is None else total
+    total[:, tokens] += part
+    return total

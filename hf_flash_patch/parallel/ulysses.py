@@ -49,33 +49,71 @@ def ulysses_attention(
     for name in ("alibi_slopes", "return_lse"):
         if options.get(name) not in (None, False):
             raise ParallelError(f"ulysses_attention has no {name}.")
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    num_heads, num_heads_k = q.shape[2], k.shape[2]
+    size, num_heads = dist.get_world_size(group), q.shape[2]
+    check_heads(num_heads, k.shape[2], size)
+    if isinstance(block_mask, Pattern):
+        seqlen = q.shape[1] * size
+        block_mask = block_mask.block_mask(seqlen, seqlen, num_heads, q.device)
+    if block_mask is not None:
+        block_mask = own_heads(block_mask, group)
+    q, k, v = to_heads(q, k, v, group)
+    out = flash_attn_func(q, k, v, block_mask=block_mask, **options)
+    return to_tokens(cast(torch.Tensor, out), group)
+
+
+def check_heads(num_heads: int, num_heads_k: int, size: int) -> None:
+    """Raise ParallelError where `size` processes cannot share the heads out."""
     if num_heads % size:
         raise ParallelError(
             f"{num_heads} heads do not divide among {size} processes; use ring_attention, or fewer."
         )
-    if num_heads_k % size:
-        if size % num_heads_k:
-            raise ParallelError(
-                f"{num_heads_k} heads of k and v neither divide by {size} processes nor divide "
-                "them; use ring_attention."
-            )
-        k, v = (x.repeat_interleave(size // num_heads_k, dim=2) for x in (k, v))
-    if isinstance(block_mask, Pattern):
-        seqlen = q.shape[1] * size
-        block_mask = block_mask.block_mask(seqlen, seqlen, num_heads, q.device)
-    if block_mask is not None and block_mask.num_heads > 1:
-        if block_mask.num_heads % size:
-            raise MaskError(
-                f"block_mask has lists for {block_mask.num_heads} heads, which do not divide among "
-                f"{size} processes."
-            )
-        each = block_mask.num_heads // size
-        block_mask = part_of(block_mask, heads=slice(rank * each, (rank + 1) * each))
+    if num_heads_k % size and size % num_heads_k:
+        raise ParallelError(
+            f"{num_heads_k} heads of k and v neither divide by {size} processes nor divide them; "
+            "use ring_attention."
+        )
+
+
+def to_heads(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From this process's tokens of all heads to all processes' tokens of its own heads.
+
+    Args:
+        q, k, v: (batch, tokens, heads, head_dim), of which `check_heads` approves.
+        group: the processes; None for all.
+
+    Returns:
+        (batch, n * tokens, heads / n, head_dim), by rank; of k and v at least one head.
+    """
+    size = dist.get_world_size(group)
+    if k.shape[2] % size:
+        k, v = (x.repeat_interleave(size // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (cast(torch.Tensor, _Exchange.apply(x, 2, 1, group)) for x in (q, k, v))
-    out = cast(torch.Tensor, flash_attn_func(q, k, v, block_mask=block_mask, **options))
+    return q, k, v
+
+
+def to_tokens(out: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The way back of `to_heads`, for the output."""
     return cast(torch.Tensor, _Exchange.apply(out, 1, 2, group))
+
+
+def own_heads(mask: BlockMask, group: dist.ProcessGroup | None) -> BlockMask:
+    """The lists of this process's heads.
+
+    Raises:
+        MaskError: lists and processes do not divide.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if mask.num_heads == 1:
+        return mask
+    if mask.num_heads % size:
+        raise MaskError(
+            f"block_mask has lists for {mask.num_heads} heads, which do not divide among {size} "
+            "processes."
+        )
+    each = mask.num_heads // size
+    return part_of(mask, heads=slice(rank * each, (rank + 1) * each))
 
 
 class _Exchange(torch.autograd.Function):

@@ -1,1 +1,1 @@
-"""What tests compare with: a dense specification, and the only source of tolerances."""
+"""What tests compare with, the only source of tolerances, and text for measurements."""

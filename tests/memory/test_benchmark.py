@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_flash_patch as hfp
+from tests.training.processes import run
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -50,3 +51,19 @@ def test_a_technique_that_changes_the_loss_is_found_out(monkeypatch):
     monkeypatch.setattr(hfp.memory, "chunked_loss", spoilt)
     with pytest.raises(SystemExit, match="loss gives the loss"):
         long_context.main(long_context.Arguments(tiny=True, techniques=["loss"]))
+
+
+def shared():
+    arguments = long_context.Arguments(tiny=True, techniques=["tile"], share="ring")
+    return [(row.outcome, row.loss) for row in long_context.main(arguments)]
+
+
+def test_two_processes_share(monkeypatch):
+    alone = long_context.Arguments(tiny=True, techniques=["tile"])
+    monkeypatch.setattr(long_context.os, "environ", {"WORLD_SIZE": "1"})
+    monkeypatch.setattr(long_context.dist, "init_process_group", lambda: None)
+    expected = [row.loss for row in long_context.main(alone)]
+    monkeypatch.undo()
+    for found in run(2, shared):
+        assert all(outcome == "ok" for outcome, _ in found)
+        assert [loss for _, loss in found] == pytest.approx(expected, rel=1e-5)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import hf_flash_patch as hfp
 from hf_flash_patch.errors import MaskError, ParallelError
 from hf_flash_patch.masks.part import part_of
-from hf_flash_patch.parallel.layout import owned
+from hf_flash_patch.parallel.layout import balanced, owned
 from tests.training.processes import run
 
 SEQLEN, HEADS = 1024, 8
@@ -113,6 +113,43 @@ def test_like_one_process(size):
         assert not failed, "\n".join(failed)
 
 
+def check_layouts():
+    """Three chunks of a process and another's, in an order of no rule."""
+    start()
+    layout = ((0, 4, 3), (5, 1, 2))
+    failed = []
+    for name in ("full", "causal", "softcap", "window"):
+        options, heads_k = CASES[name]
+        *leaves, dout = inputs(options, heads_k, torch.float32)
+        sizes = 768  # six chunks on blocks
+        *leaves, dout = (x[:, :sizes] for x in (*leaves, dout))
+        whole = [x.clone().requires_grad_() for x in leaves]
+        out = hfp.flash_attn_func(*whole, **options)
+        expected = [out, *torch.autograd.grad(out, whole, dout)]
+        parts = [hfp.parallel.shard(x, layout=layout).requires_grad_() for x in leaves]
+        out = hfp.parallel.ring_attention(*parts, **options, layout=layout)
+        part = hfp.parallel.shard(dout, layout=layout)
+        found = [out, *torch.autograd.grad(out, parts, part)]
+        try:
+            compare([hfp.parallel.unshard(x, layout=layout) for x in found], expected)
+        except AssertionError as error:
+            failed.append(f"{name}: {error}")
+    return failed
+
+
+def test_other_layouts():
+    for failed in run(2, check_layouts):
+        assert not failed, "\n".join(failed)
+
+
+def test_balanced():
+    assert balanced([1.0, 1.0, 1.0, 1.0], 2) == ((0, 2), (1, 3))
+    assert balanced([8.0, 1.0, 1.0, 1.0, 1.0, 4.0], 2) == ((0, 3, 4), (1, 2, 5))
+    causal = [i + 0.5 for i in range(8)]
+    shares = [sum(causal[i] for i in chunks) for chunks in balanced(causal, 4)]
+    assert len(set(shares)) == 1
+
+
 def check_groups():
     """Two pairs of processes, each with a sequence of its own."""
     rank, _ = start()
@@ -142,6 +179,7 @@ def errors():
         (hfp.parallel.ulysses_attention, (q[:, :, :4],) * 3, {"return_lse": True}),
         (hfp.parallel.shard, (q[:, :126],), {}),
         (hfp.parallel.shard, (q,), {"layout": "stripes"}),
+        (hfp.parallel.shard, (q,), {"layout": ((0,), (1,), (2,), (2,))}),
     ):
         try:
             function(*arguments, **options)
@@ -167,6 +205,7 @@ def test_errors_on_every_rank():
         "no return_lse",
         "do not divide into 8 equal chunks",
         "has to be one of contiguous, zigzag",
+        "does not give 4 processes equally many chunks",
     ]
     for caught in run(4, errors):
         for text, error in zip(expected, caught, strict=True):

@@ -175,6 +175,25 @@ def test_two_processes(command, tmp_path, kind, tune):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--share", "ring"],
+        ["--no_packing", "--mask", "sinks(9)", "--tune", "lora", "--lora_r", "4"],
+    ],
+    ids=["packed", "sparse lora"],
+)
+def test_two_processes_share_sequences(command, monkeypatch, more):
+    """Equal to one process with the same batches."""
+    more = [*more, "--max_length", "512", "--eval_lengths", "512"]
+    expected = _finetune(command(*more, output="one"))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    more += ["--memory", "loss", "offload", "tile"]
+    first, second = run(2, _finetune, command(*more), fsdp=True)
+    assert first == second == pytest.approx(expected, rel=1e-5)
+
+
 class TestOptions:
     """What may be given, and what is refused."""
 
@@ -200,13 +219,15 @@ class TestOptions:
         with pytest.raises(SystemExit, match=message):
             options.read(arguments)
 
-    @pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2"])
+    @pytest.mark.parametrize("name", ["accelerate_ddp", "accelerate_fsdp2", "accelerate_shared"])
     def test_accelerates_configs(self, name):
         from accelerate.commands.config.config_args import load_config_from_file
 
         config = load_config_from_file(str(EXAMPLES / "configs" / f"{name}.yaml"))
         assert config.num_processes == 2 and config.mixed_precision is None
-        assert config.distributed_type == ("FSDP" if "fsdp" in name else "MULTI_GPU")
+        assert config.distributed_type == ("MULTI_GPU" if "ddp" in name else "FSDP")
+        sharing = config.parallelism_config.get("parallelism_config_cp_size", 1)
+        assert sharing == (2 if "shared" in name else 1)
 
     def test_one_checkpoint_is_not_enough(self):
         with pytest.raises(ValueError, match="save_total_limit=1: it takes 2"):

@@ -13,12 +13,6 @@ from .corpus import AUTO, curve, masked, model_of, padded, train, trainer_of
 from .processes import reset
 
 LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-GPT2_LORA = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
-BERT_LORA = {"r": 4, "target_modules": ["query", "key", "value"]}
-REENTRANT = {
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": True},
-}
 LONGLORA = {**LORA, "modules_to_save": ["embed_tokens", "norm", "input_layernorm"]}
 
 
@@ -45,14 +39,29 @@ RUNS = {
     "llama-longlora": ("llama", LONGLORA, {"learning_rate": 1e-2}),
     "bert": ("bert", {}, {"learning_rate": 1e-2}),
     "accumulation": ("llama", {}, {"gradient_accumulation_steps": 2, "max_steps": 15}),
-    "bf16": ("llama", {}, {"bf16": True}),
-    "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
-    "reentrant": ("gpt2", {}, REENTRANT),
-    "gpt2-lora-reentrant": ("gpt2", GPT2_LORA, {"learning_rate": 3e-2, **REENTRANT}),
+    "lora-reentrant": (
+        "llama",
+        LORA,
+        {
+            "learning_rate": 3e-2,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+    ),
     "longlora-checkpoints": (
         "llama",
-        LONGLORA | {"lora_dropout": 0.0},
+        LONGLORA,
         {"learning_rate": 1e-2, "gradient_checkpointing": True, "bf16": True},
+    ),
+    "bf16": ("llama", {}, {"bf16": True}),
+    "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
+    "reentrant": (
+        "gpt2",
+        {},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
     ),
 }
 
@@ -74,7 +83,7 @@ def test_losses_are_those_of_sdpa(name, tmp_path):
 
 
 def test_compiled(tmp_path):
-    """By the Trainer's option, with checkpoints; rows of one length: each is compiled anew."""
+    """By the Trainer's option; rows of one length, since each length is compiled anew."""
 
     def collator(rows):
         return padded([{name: ids[:5] for name, ids in row.items()} for row in rows])
@@ -83,21 +92,29 @@ def test_compiled(tmp_path):
     for settings in ({}, {"torch_compile_backend": "aot_eager"}):
         model = model_of("llama", num_hidden_layers=1)
         hfp.patch(model)
-        settings |= {"gradient_checkpointing": True, "max_steps": 3}
-        curves.append(train(model, tmp_path, collator, **settings))
+        curves.append(train(model, tmp_path, collator, max_steps=3, **settings))
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-5, atol=0)
 
 
 def test_packing_is_padding_without_the_padding(tmp_path):
     """DataCollatorWithFlattening on a patched model, against padded rows under sdpa."""
-    settings = {"max_steps": 15, "gradient_accumulation_steps": 2}
-    for family, flash_kwargs in (("llama", False), ("llama", True), ("gpt2", True)):
-        model = model_of(family)
-        theirs = train(copy.deepcopy(model), tmp_path, **settings)
-        hfp.patch(model)
+    model = model_of("llama")
+    theirs = train(copy.deepcopy(model), tmp_path)
+    hfp.patch(model)
+    for flash_kwargs in (False, True):
         flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs)
-        ours = train(model, tmp_path, flatten, **settings)
+        ours = train(copy.deepcopy(model), tmp_path, flatten)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_accumulated_packing(tmp_path):
+    """Two packed rows of two documents make the step of one with four."""
+    model, curves = model_of("llama"), []
+    hfp.patch(model)
+    flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    for settings in ({}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}):
+        curves.append(train(copy.deepcopy(model), tmp_path, flatten, max_steps=10, **settings))
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -169,29 +186,50 @@ def test_dropout_is_replayed(family, tmp_path):
         torch.testing.assert_close(other, curves[0], rtol=1e-5, atol=0)
 
 
-ADAPTED = {
-    "lora": ("llama", LORA, {"rope": "yarn"}),
-    "longlora": ("llama", LONGLORA, {"rope": "yarn"}),
-    "gpt2": ("gpt2", GPT2_LORA | {"modules_to_save": ["wpe"]}, {"positions": "interpolate"}),
-    "bert": ("bert", BERT_LORA | {"modules_to_save": ["position_embeddings"]}, {}),
+def long_llama(model):
+    hfp.patch(model, max_length=128, rope="yarn", mask=hfp.masks.sliding_window(16))
+
+
+def long_gpt2(model):
+    hfp.patch(model, max_length=128, positions="interpolate", mask=hfp.masks.sliding_window(16))
+
+
+def long_bert(model):
+    hfp.patch(model, max_length=128, positions="tile", mask=hfp.masks.sliding_window(16))
+
+
+# Model, adapter, how it is extended. The adapters of GPT-2 and BERT carry their position tables.
+STOPPED = {
+    "lora": ("llama", LORA, long_llama),
+    "longlora": ("llama", LONGLORA, long_llama),
+    "gpt2": (
+        "gpt2",
+        {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True, "modules_to_save": ["wpe"]},
+        long_gpt2,
+    ),
+    "bert": (
+        "bert",
+        {"r": 4, "target_modules": ["query"], "modules_to_save": ["position_embeddings"]},
+        long_bert,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", STOPPED)
 def test_stopped_and_gone_on(name, tmp_path):
     """An adapter on an extended model with a mask: resumed, reloaded, merged."""
-    family, adapter, extension = ADAPTED[name]
-    collator = masked if family == "bert" else padded
+    family, adapter, extend = STOPPED[name]
 
-    def base():
-        found = model_of(family)
-        hfp.patch(found, max_length=128, mask=hfp.masks.sliding_window(16), **extension)
-        return found
+    def model():
+        base = model_of(family)
+        extend(base)
+        return with_adapter(base, **adapter)
 
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    whole = trainer_of(with_adapter(base(), **adapter), tmp_path, collator, **settings)
+    collator = masked if family == "bert" else padded
+    whole = trainer_of(model(), tmp_path, collator, **settings)
     whole.train()
-    resumed = trainer_of(with_adapter(base(), **adapter), tmp_path, collator, **settings)
+    resumed = trainer_of(model(), tmp_path, collator, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert torch.equal(curve(whole), curve(resumed))
     pairs = zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True)
@@ -201,7 +239,9 @@ def test_stopped_and_gone_on(name, tmp_path):
     with torch.no_grad():
         expected = resumed.model.eval()(ids).logits
         resumed.save_model(tmp_path / "adapter")
-        loaded = PeftModel.from_pretrained(base().eval(), tmp_path / "adapter")
+        base = model_of(family).eval()
+        extend(base)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
         torch.testing.assert_close(loaded(ids).logits, expected)
         merged = loaded.merge_and_unload()
         merged.save_pretrained(tmp_path / "merged")

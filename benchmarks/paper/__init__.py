@@ -1,0 +1,1 @@
+"""The FlashAttention paper's results, on this package's kernels: a script and a command each."""

@@ -1,0 +1,219 @@
+"""A whole batch -> this process's tokens of it, and what its attention has to know of the rest."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from ..errors import ParallelError
+from ..families import family_of
+from ..integration import packing
+from ..integration.sharing import WholeSequence
+from .groups import Groups
+from .layout import Layout
+
+IGNORED = -100
+_DIVIDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask")
+_LABELS = ("labels", "shift_labels")
+_OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_REFUSED = {
+    "past_key_values": "a cache holds whole sequences",
+    "output_router_logits": "a router's loss is a mean over a part of the tokens",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a call of the model is about.
+
+    Attributes:
+        sequence: for attention.
+        shift_labels: int (batch, seqlen / n), what each of this process's tokens is to predict in a
+            causal language model; None without labels.
+        labels: int (batch, seqlen / n) or None.
+        num_items: what the caller passed as num_items_in_batch.
+    """
+
+    sequence: WholeSequence
+    labels: torch.Tensor | None
+    shift_labels: torch.Tensor | None
+    num_items: Any
+
+
+def divided(
+    root: PreTrainedModel,
+    groups: Groups,
+    layout: Callable[[int], Layout],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Batch, dict[str, Any]]:
+    """What of a call's arguments is this process's.
+
+    Args:
+        root: the model that is called.
+        groups: the processes that share the call's sequences.
+        layout: of so many tokens.
+        args, kwargs: of the call, whole and equal on every process.
+
+    Returns:
+        what the call is about, and keyword arguments for this process.
+
+    Raises:
+        ParallelError: the processes were given different batches, the length does not divide, or
+            an argument cannot be divided. On every process, before anything else is sent.
+    """
+    kwargs = _by_name(root, args, kwargs)
+    tensors: dict[str, torch.Tensor] = {
+        name: kwargs[name] for name in (*_DIVIDED, *_LABELS) if kwargs.get(name) is not None
+    }
+    tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
+    shape = (0, 0) if tokens is None else tuple(tokens.shape[:2])
+    _check_agreement(groups, tensors, shape)
+    _check(root, groups, kwargs, tensors, shape)
+    assert tokens is not None
+
+    batch_size, seqlen = shape
+    mask = tensors.get("attention_mask")
+    padding = None if mask is None or bool(mask.all()) else mask.bool()
+    documents = _documents(kwargs, tensors.get("position_ids"), padding, seqlen)
+    if "position_ids" not in tensors:
+        tensors["position_ids"] = _positions(root, tensors.get("input_ids"), tokens, padding)
+    # Never None: transformers would look for documents in this process's positions.
+    if mask is None:
+        tensors["attention_mask"] = tokens.new_ones(shape, dtype=torch.long)
+    if "labels" in tensors and "shift_labels" not in tensors:
+        tensors["shift_labels"] = F.pad(tensors["labels"][:, 1:], (0, 1), value=IGNORED)
+    parts = {n: groups.shard(tensor, layout=layout(seqlen)) for n, tensor in tensors.items()}
+
+    sequence = WholeSequence(seqlen, groups.size, padding, documents)
+    shift_labels = parts.pop("shift_labels", None)
+    if shift_labels is not None and "labels" not in parts:
+        parts["labels"] = shift_labels  # so that the model computes a loss
+    batch = Batch(sequence, parts.get("labels"), shift_labels, kwargs.get("num_items_in_batch"))
+    dropped = (*_OF_DOCUMENTS, "shift_labels", "cache_position", "num_items_in_batch")
+    kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
+    if "use_cache" in inspect.signature(root.forward).parameters:
+        kwargs["use_cache"] = False
+    return batch, kwargs | parts
+
+
+def _by_name(
+    root: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    signature = inspect.signature(root.forward)
+    bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound |= bound.pop(parameter.name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(parameter.name, ()):
+            raise ParallelError("pass what the model is called with by name.")
+    return bound
+
+
+def _check_agreement(
+    groups: Groups, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    """Raise, on every process, where any was given another batch: it would never return."""
+    names = [*_DIVIDED, *_LABELS]
+    facts = ["batch size", "length", "gradients wanted", *names]
+    device = next((x.device for x in tensors.values()), torch.device("cpu"))
+    numbers = torch.tensor([*shape, torch.is_grad_enabled()], device=device)
+    sums = torch.stack([_checksum(tensors.get(name), device) for name in names])
+    mine = torch.cat((numbers, sums))
+    most = groups.reduce(torch.stack((mine, -mine)), dist.ReduceOp.MAX)
+    same = (most[0] == -most[1]).tolist()
+    if not all(same):
+        differ = ", ".join(fact for fact, equal in zip(facts, same, strict=True) if not equal)
+        raise ParallelError(
+            f"the processes that share a sequence were given different batches ({differ}); give "
+            "all of them the same: with accelerate, by cp_size in its parallelism_config."
+        )
+
+
+def _checksum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """int64, of values and their places; of floats (embeddings), that they are there."""
+    if tensor is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    if tensor.is_floating_point():
+        return torch.ones((), dtype=torch.int64, device=device)
+    values = tensor.to(device, torch.int64).flatten()
+    weights = torch.arange(1, len(values) + 1, device=device) * 0x9E3779B97F4A7
+    return ((values + 1) * weights).sum() >> 1  # so that its negative exists
+
+
+def _check(
+    root: PreTrainedModel,
+    groups: Groups,
+    kwargs: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    shape: tuple[int, ...],
+) -> None:
+    name = type(root).__name__
+    for argument, reason in _REFUSED.items():
+        if kwargs.get(argument):
+            raise ParallelError(f"{name} was called with {argument}; {reason}.")
+    known = {*_DIVIDED, *_LABELS, *_OF_DOCUMENTS, "num_items_in_batch", "cache_position"}
+    for argument, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and argument not in known:
+            raise ParallelError(
+                f"{name} was called with {argument}, of which it is not known how to divide it "
+                "among processes."
+            )
+    if kwargs.get("logits_to_keep"):
+        raise ParallelError("logits_to_keep counts tokens that one process alone may have.")
+    for argument, tensor in tensors.items():
+        if tuple(tensor.shape[:2]) not in (shape, (1, shape[1])) or (
+            tensor.ndim != (3 if argument == "inputs_embeds" else 2)
+        ):
+            raise ParallelError(
+                f"{argument} has shape {tuple(tensor.shape)}; to be divided it has to be (batch, "
+                f"seqlen) = {shape}."
+            )
+    if not tensors or shape[1] % groups.unit or shape[1] == 0:
+        raise ParallelError(
+            f"{shape[1]} tokens do not divide among {groups}; pad the batch to a multiple of "
+            f"{groups.unit}."
+        )
+
+
+def _documents(
+    kwargs: dict[str, Any],
+    position_ids: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    seqlen: int,
+) -> torch.Tensor | None:
+    """Ranges of packed documents, int32 (batch or 1, seqlen, 2); None where nothing is packed."""
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
+        return packing.ranges_from_cu_seqlens(cu_seqlens, seqlen)
+    if position_ids is None:
+        return None
+    boundary = packing.boundaries_from_position_ids(position_ids, padding)
+    return packing.ranges_from_boundaries(boundary) if bool(boundary.any()) else None
+
+
+def _positions(
+    root: PreTrainedModel,
+    input_ids: torch.Tensor | None,
+    tokens: torch.Tensor,
+    padding: torch.Tensor | None,
+) -> torch.Tensor:
+    """The position_ids (batch or 1, seqlen) that the model would make of the whole batch."""
+    family = family_of(root.config)
+    counted = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    if family is not None and family.reserved == "padding_idx":
+        first = root.config.pad_token_id
+        if input_ids is None:
+            return counted + first + 1
+        real = input_ids != first
+        return real.cumsum(1) * real + first
+    if family is not None and family.reserved == "offset" and padding is not None:
+        return padding.cumsum(1) * padding - 1
+    return counted
