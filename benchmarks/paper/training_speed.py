@@ -24,7 +24,6 @@ import os
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import gc
-import inspect
 import itertools
 import math
 import statistics
@@ -164,11 +163,6 @@ def make_batches(workload: Workload, vocab_size: int, device: torch.device) -> l
     return made
 
 
-def removes_padding() -> bool:
-    """Whether hfp.patch can."""
-    return "remove_padding" in inspect.signature(hfp.patch).parameters
-
-
 class Speeds:
     """A run of the command: which rows are left, and how each is measured."""
 
@@ -186,9 +180,8 @@ class Speeds:
         """Workload, extras and contestant of rows that are not there."""
         a = self.arguments
         for workload, extras, contestant in itertools.product(a.workloads, a.extras, a.contestants):
-            if contestant == "hfp_unpadded":
-                if not (WORKLOADS[workload].padded and removes_padding()):
-                    continue
+            if contestant == "hfp_unpadded" and not WORKLOADS[workload].padded:
+                continue
             key = {"workload": workload, "contestant": contestant, "extras": extras}
             if not self.records.has(**key):
                 yield workload, extras, contestant

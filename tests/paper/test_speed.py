@@ -176,11 +176,9 @@ def test_speeds_have_every_row_once(speeds):
     folder, _ = speeds
     found = rows(folder / "training-speed-tiny.csv")
     everyone = {
-        "bert-large-512-padded": ["eager", "sdpa", "hfp"],
+        "bert-large-512-padded": ["eager", "sdpa", "hfp", "hfp_unpadded"],
         "gpt2-1024": ["eager", "sdpa", "hfp"],
     }
-    if training_speed.removes_padding():
-        everyone["bert-large-512-padded"].append("hfp_unpadded")
     assert [(r["workload"], r["extras"], r["contestant"]) for r in found] == [
         (workload, extras, name)
         for workload, names in everyone.items()
@@ -272,12 +270,11 @@ def test_workloads_and_who_is_in_them(tmp_path, monkeypatch):
     ]
     assert all(w.batch * w.seqlen == 16384 for w in training_speed.WORKLOADS.values())
     speeds = training_speed.Speeds(training_speed.Arguments(output=str(tmp_path)))
-    for can, count in ((False, 8 * 4 * 3), (True, 8 * 4 * 3 + 4)):
-        monkeypatch.setattr(training_speed, "removes_padding", lambda can=can: can)
-        left = list(speeds.left())
-        assert len(left) == count
-        padded = {workload for workload, _, name in left if name == "hfp_unpadded"}
-        assert padded == ({"bert-large-512-padded"} if can else set())
+    left = list(speeds.left())
+    assert len(left) == 8 * 4 * 3 + 4
+    assert {workload for workload, _, name in left if name == "hfp_unpadded"} == {
+        "bert-large-512-padded"
+    }
 
 
 def test_models_are_the_known_ones():

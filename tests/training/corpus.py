@@ -74,7 +74,7 @@ def flattened(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def items_of(batch: dict[str, torch.Tensor], shifted: bool = True) -> torch.Tensor:
-    """Tokens that a batch's loss counts; a row's first does not, where labels are shifted."""
+    """Tokens that a batch's loss counts: its labels, but a row's first where they are shifted."""
     return (batch["labels"][:, int(shifted) :] != IGNORED).sum()
 
 
@@ -84,13 +84,7 @@ def trainer_of(model: torch.nn.Module, folder: Any, collator: Any = padded, **mo
     settings |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 1}
     settings |= {"use_cpu": True, "report_to": "none", "remove_unused_columns": False}
     arguments = TrainingArguments(str(folder), dataloader_pin_memory=False, **(settings | more))
-    return Trainer(
-        model,
-        arguments,
-        data_collator=collator,
-        train_dataset=documents(96),
-        eval_dataset=documents(12) if "eval_strategy" in settings | more else None,
-    )
+    return Trainer(model, arguments, data_collator=collator, train_dataset=documents(96))
 
 
 def curve(trainer: Trainer) -> torch.Tensor:
