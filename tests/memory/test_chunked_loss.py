@@ -74,6 +74,49 @@ def test_other_uses_of_logits():
             logits.add_(1)
 
 
+class _Passed(torch.autograd.Function):
+    """What ZeRO-3 puts behind every module."""
+
+    @staticmethod
+    def forward(ctx, output):
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_layer_as_zero_3_leaves_it(family):
+    """It frees the weight behind the layer, and gathers it for whoever takes it from there; the
+    tests of DeepSpeed itself are in tests/training."""
+    model = model_of(family)
+    expected = step(model)
+    with chunked_loss(model, chunk=7), Largest(VOCAB_SIZE) as largest:
+        head = model.get_output_embeddings()
+        weight = head.weight
+        weight.ds_id = 0
+
+        def freed(module, args, output):
+            vars(module)["_parameters"] = _Gathers(module._parameters)
+            return _Passed.apply(output)
+
+        with head.register_forward_hook(freed):
+            assert_same_step(step(model), expected)
+        assert largest.rows <= 32 and head._parameters.taken
+        del weight.ds_id
+
+
+class _Gathers(dict):
+    """Parameters that say when they have been taken."""
+
+    taken = False
+
+    def __getitem__(self, name):
+        self.taken = True
+        return super().__getitem__(name)
+
+
 def test_old_way_of_shifting():
     """Logits cut by one, as in many a custom loss."""
     model = model_of("llama")

@@ -167,6 +167,16 @@ def test_evaluation_and_copies():
             assert (step_loss(model) - expected).abs() > 1e-6
 
 
+@pytest.mark.parametrize("family, whole", [("llama", "mlp"), ("gpt2", "mlp"), ("bert", "layer.0")])
+def test_zero_3_is_told_to_gather_them_whole(family, whole):
+    """By deepspeed.utils.set_z3_leaf_module's mark, which goes with the technique."""
+    model = wide(family)
+    with tile_layers(model, tile=7):
+        marked = [name for name, m in model.named_modules() if getattr(m, "_z3_leaf", False)]
+        assert any(name.endswith(whole) for name in marked)
+    assert not any("_z3_leaf" in vars(module) for module in model.modules())
+
+
 def step_loss(model):
     from .conftest import batch
 

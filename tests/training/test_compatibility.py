@@ -1,19 +1,16 @@
-"""A patched model with trl, in half precision, and with several of what training takes at once."""
+"""A patched model in half precision, and with several of what training takes at once."""
 
 import copy
 
 import pytest
 import torch
-from peft import LoraConfig
-from transformers import ByT5Tokenizer, DataCollatorWithFlattening
 
 import hf_flash_patch as hfp
 from tests.integration.tiny import assert_close
 
-from .corpus import curve, documents, model_of, padded
+from .corpus import documents, flattened, model_of, padded
 from .processes import reset
 
-LORA = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 KINDS = {"none": None, "kept": False, "reentrant": True}  # of checkpoints: use_reentrant
 
 
@@ -21,10 +18,6 @@ KINDS = {"none": None, "kept": False, "reentrant": True}  # of checkpoints: use_
 def alone():
     reset()
     torch.compiler.reset()
-
-
-def flattened(rows):
-    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(rows, return_tensors="pt")
 
 
 def checkpointed(model, kind):
@@ -110,42 +103,3 @@ def test_compiled_under_checkpoints():
     for name, gradient in gradients.items():
         theirs = expected_gradients[name.removeprefix("_orig_mod.")]
         assert (gradient - theirs).abs().max() <= rounding * max(1.0, theirs.abs().max()), name
-
-
-TRL = {
-    "padded": {},
-    "padding free": {"padding_free": True, "max_length": None},
-    "packed": {"packing": True, "max_length": 64, "use_cache": False},
-    "lora": {"peft_config": LORA},
-}
-
-
-@pytest.mark.parametrize("name", TRL)
-def test_trl(name, tmp_path):
-    """SFTTrainer, the losses of sdpa: of the same rows, padding free ones against padded ones."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    rows = [{"input_ids": row["input_ids"]} for row in documents(48)]
-    curves = []
-    for patched in (False, True):
-        model, settings = model_of("llama"), dict(TRL[name])
-        adapter = settings.pop("peft_config", None)
-        if patched:
-            hfp.patch(model)
-        else:
-            settings.pop("padding_free", None)
-        arguments = trl.SFTConfig(
-            str(tmp_path), max_steps=5, logging_steps=1, use_cpu=True, report_to="none",
-            learning_rate=3e-3, bf16=False, **settings,
-        )  # fmt: skip
-        trainer = trl.SFTTrainer(
-            model,
-            args=arguments,
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=ByT5Tokenizer(extra_ids=0),
-            peft_config=adapter and LoraConfig(**adapter),
-        )
-        trainer.train()
-        curves.append(curve(trainer))
-    assert len(curves[0]) == 5
-    assert ((curves[1] - curves[0]).abs() / curves[0]).mean() <= 0.005

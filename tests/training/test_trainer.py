@@ -48,6 +48,11 @@ RUNS = {
             "gradient_checkpointing_kwargs": {"use_reentrant": True},
         },
     ),
+    "longlora-checkpoints": (
+        "llama",
+        LONGLORA,
+        {"learning_rate": 1e-2, "gradient_checkpointing": True, "bf16": True},
+    ),
     "bf16": ("llama", {}, {"bf16": True}),
     "checkpoints": ("gpt2", {}, {"gradient_checkpointing": True}),
     "reentrant": (
@@ -124,6 +129,33 @@ def test_all_memory_techniques(bf16, tmp_path):
     flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     ours = train(model, tmp_path, flatten, bf16=bf16)
     torch.testing.assert_close(ours, theirs, rtol=2e-3 if bf16 else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_evaluation_and_the_best_model(smoothing, tmp_path):
+    """With a metric of all logits, and a loss that Trainer takes of them: as with sdpa."""
+
+    def accuracy(predictions):
+        right = predictions.predictions.argmax(-1)[:, :-1] == predictions.label_ids[:, 1:]
+        return {"accuracy": right.mean().item()}
+
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "max_steps": 10, "save_steps": 5}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"}
+    settings |= {"label_smoothing_factor": smoothing, "save_strategy": "steps"}
+    found = []
+    for patched in (False, True):
+        model = model_of("llama")
+        if patched:
+            hfp.patch(model)
+            hfp.memory.chunked_loss(model, chunk=13)
+        trainer = trainer_of(model, tmp_path, **settings)
+        trainer.compute_metrics = accuracy
+        trainer.train()
+        assert trainer.state.best_model_checkpoint is not None
+        log = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+        metrics = [[entry["eval_loss"], entry["eval_accuracy"]] for entry in log]
+        found.append((curve(trainer), torch.tensor(metrics)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
 DROPOUT = {
