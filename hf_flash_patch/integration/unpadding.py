@@ -26,6 +26,7 @@ from .request import Request
 from .sparse import pattern_of
 
 _FIRST = ("hidden_states", "attention_mask")  # what every encoder calls its first arguments
+_TOLD = {*_FIRST, "position_ids"}  # what is known of tokens
 
 
 def padded_encoders(root: PreTrainedModel) -> list[nn.Module]:
@@ -81,13 +82,16 @@ def _pack(
     """The arguments with hidden states (1, total, hidden_size) and a mask of as many tokens.
 
     None, and so the call as it is, where there is no padding; where the mask says more than padding
-    and windows; where hidden states of each layer are asked for; where the host may not read how
-    many tokens are real (export, tracing, the capture of a CUDA graph); and where patterns count
-    positions from real tokens that do not come first, or over documents.
+    and windows, or other tensors come along (lengths of documents); where hidden states of each
+    layer are asked for; where the host may not read how many tokens are real (export, tracing, the
+    capture of a CUDA graph); and where patterns count positions from real tokens that do not come
+    first, or over documents.
     """
     given = dict(zip(_FIRST, args, strict=False)) | kwargs
     hidden, mask = given.get("hidden_states"), given.get("attention_mask")
     if not isinstance(mask, AttentionMask) or not isinstance(hidden, torch.Tensor):
+        return None
+    if any(isinstance(given[name], torch.Tensor) for name in given.keys() - _TOLD):
         return None
     if len(args) > len(_FIRST) or not _says_padding_only(mask, hidden) or wanted("hidden_states"):
         return None

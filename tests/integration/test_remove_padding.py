@@ -198,6 +198,22 @@ def test_documents_stay_apart(model_type, kind, layouts):
     assert {shape[0] for shape in layouts} == {int(real.sum())}
 
 
+def test_documents_told_by_lengths_stay_padded(layouts):
+    """Of a padded row: nothing but the attention of the padded run knows what they count."""
+    model = tiny_model(AutoModel, "bert")
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    call = {"attention_mask": padding("right")[1:], "position_ids": torch.arange(12)[None]}
+    call |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+    ids = token_ids()[1:]
+    results = []
+    for settings in ({}, {"remove_padding": True}):
+        with hfp.patched(model, **settings):
+            results.append(model(ids, **call).last_hidden_state[:, :9])
+    assert_close(results[1], results[0], "hidden states")
+    assert not torch.allclose(results[0], model(ids, call["attention_mask"])[0][:, :9], atol=1e-3)
+    assert {len(shape) for shape in layouts} == {4}
+
+
 def test_patterns_over_documents_stay_padded(layouts):
     model = tiny_model(AutoModel, "bert")
     real = torch.tensor([[1] * 10 + [0] * 2, [1] * 9 + [0] * 3])
