@@ -84,7 +84,13 @@ def trainer_of(model: torch.nn.Module, folder: Any, collator: Any = padded, **mo
     settings |= {"logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "seed": 1}
     settings |= {"use_cpu": True, "report_to": "none", "remove_unused_columns": False}
     arguments = TrainingArguments(str(folder), dataloader_pin_memory=False, **(settings | more))
-    return Trainer(model, arguments, data_collator=collator, train_dataset=documents(96))
+    return Trainer(
+        model,
+        arguments,
+        data_collator=collator,
+        train_dataset=documents(96),
+        eval_dataset=documents(12) if "eval_strategy" in more else None,
+    )
 
 
 def curve(trainer: Trainer) -> torch.Tensor:

@@ -71,7 +71,8 @@ def test_patched_losses_are_sdpas(study, model):
     """In fp32 roundings apart, with the same dropout; a LoRA of another seed starts as this one."""
     sdpa, ours, other = (losses(study[0])[model, curve] for curve in loss_curves.CURVES)
     assert len(sdpa) == STEPS
-    assert 0 < loss_curves.difference(ours, sdpa) < 1e-5
+    # No lower bound: GPT-2's is one rounding of one step, 6e-9, or none, as memory happens to lie.
+    assert loss_curves.difference(ours, sdpa) < 1e-5
     assert loss_curves.difference(other, sdpa) > (1e-5 if model == "llama" else 1e-3)
 
 
