@@ -66,8 +66,7 @@ def whole_sequence() -> WholeSequence | None:
     return _current
 
 
-def set_whole_sequence(sequence: WholeSequence | None) -> WholeSequence | None:
-    """Make `sequence` the current one; what was current before."""
+def set_whole_sequence(sequence: WholeSequence | None) -> None:
+    """Make `sequence` the current one."""
     global _current
-    before, _current = _current, sequence
-    return before
+    _current = sequence

@@ -85,23 +85,30 @@ def _by_ring(
         raise ParallelError(
             'top_k_blocks compares all tokens, and a ring has only some; use method="ulysses".'
         )
-    lists = _lists(mask, pattern, num_heads)
-    if lists is not None and groups.ulysses is not None:
-        lists = own_heads(lists, groups.ulysses)
-    padding = mask.key_padding
+    # Once a forward for all layers alike: both cost a sync or a gather.
+    known = ("ring", pattern, num_heads)
+    if known not in mask.combined:
+        padding = mask.key_padding
+        mask.combined[known] = (
+            _lists(groups, mask, pattern, num_heads),
+            None if padding is None else groups.ring_shard(padding, layout=layout),
+        )
+    lists, own_padding = mask.combined[known]
     return partial(
         ring_attention,
         group=groups.ring,
         causal=mask.causal,
         block_mask=lists,
-        key_padding_mask=None if padding is None else groups.ring_shard(padding, layout=layout),
+        key_padding_mask=own_padding,
         layout=layout,
         **{name: value for name, value in options.items() if name != "dropout_p"},
     )
 
 
-def _lists(mask: AttentionMask, pattern: Pattern | None, num_heads: int) -> BlockMask | None:
-    """Everything but causality and padding, as lists; once a forward for all layers alike."""
+def _lists(
+    groups: Groups, mask: AttentionMask, pattern: Pattern | None, num_heads: int
+) -> BlockMask | None:
+    """Everything but causality and padding, as lists of this process's heads."""
     left, right = mask.window_size
     parts = [] if pattern is None else [pattern]
     if left >= 0 or right >= 0:
@@ -112,11 +119,8 @@ def _lists(mask: AttentionMask, pattern: Pattern | None, num_heads: int) -> Bloc
         parts.append(documents(mask.doc_range[..., 0]))
     if not parts:
         return None
-    known = ("ring", pattern, num_heads)
-    if known not in mask.combined:
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = whole & part
-        lists = whole.block_mask(mask.seqlen_q, mask.seqlen_k, num_heads, mask.device)
-        mask.combined[known] = lists
-    return mask.combined[known]
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole & part
+    lists = whole.block_mask(mask.seqlen_q, mask.seqlen_k, num_heads, mask.device)
+    return lists if groups.ulysses is None else own_heads(lists, groups.ulysses)

@@ -79,10 +79,10 @@ def divided(
     _check(root, groups, kwargs, tensors, shape)
     assert tokens is not None
 
-    batch_size, seqlen = shape
+    seqlen = shape[1]
     mask = tensors.get("attention_mask")
     padding = None if mask is None or bool(mask.all()) else mask.bool()
-    documents = _documents(kwargs, tensors.get("position_ids"), padding, seqlen)
+    documents = _documents(kwargs, tensors.get("position_ids"), padding, shape)
     if "position_ids" not in tensors:
         tensors["position_ids"] = _positions(root, tensors.get("input_ids"), tokens, padding)
     # Never None: transformers would look for documents in this process's positions.
@@ -187,15 +187,15 @@ def _documents(
     kwargs: dict[str, Any],
     position_ids: torch.Tensor | None,
     padding: torch.Tensor | None,
-    seqlen: int,
+    shape: tuple[int, ...],
 ) -> torch.Tensor | None:
-    """Ranges of packed documents, int32 (batch or 1, seqlen, 2); None where nothing is packed."""
+    """Ranges of packed documents, int32 (batch, seqlen, 2); None where nothing is packed."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
-        return packing.ranges_from_cu_seqlens(cu_seqlens, seqlen)
+        return packing.ranges_from_cu_seqlens(cu_seqlens, shape[1]).expand(shape[0], -1, -1)
     if position_ids is None:
         return None
-    boundary = packing.boundaries_from_position_ids(position_ids, padding)
+    boundary = packing.boundaries_from_position_ids(position_ids.expand(*shape), padding)
     return packing.ranges_from_boundaries(boundary) if bool(boundary.any()) else None
 
 
