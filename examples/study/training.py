@@ -95,7 +95,10 @@ class Batches:
             first = int(torch.randint(0, len(text) - recipe.length, (), generator=generator))
             row = text[first : first + recipe.length + 1]
             if torch.rand((), generator=generator) < recipe.passkeys:
-                depth = torch.rand((), generator=generator).item()
+                # Early ones more often, since they alone are far from a question; a tenth at the
+                # very ends, where drawn depths never are.
+                depth = 1.1 * torch.rand((), generator=generator).item() - 0.05
+                depth = min(max(depth, 0.0), 1.0) ** 2
                 row, answers = keys.insert(row, depth, questions=4)
                 for answer in answers:
                     weights[index, answer : answer + KEY_DIGITS] = recipe.key_weight

@@ -104,8 +104,9 @@ def test_a_dense_mask_as_a_list(head_dim):
     for pattern, causal in ((masks.full(), False), (masks.causal(), True)):
         out = flash_attn_func(q, k, v, block_mask=pattern, backend="cuda")
         dense = flash_attn_func(q, k, v, causal=causal, backend="cuda")
-        # Where the two take blocks of different widths they round P at different maxima.
-        torch.testing.assert_close(out, dense, rtol=0.016, atol=1e-3)
+        # Where the two take blocks of different widths they round P at different maxima, and the
+        # first rows of a causal mask are near 1: a unit in the last place of either is 2^-8.
+        torch.testing.assert_close(out, dense, rtol=0.016, atol=2**-8)
 
 
 def test_lists_that_hide_everything():

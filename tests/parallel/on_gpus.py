@@ -70,14 +70,14 @@ def check(case, method, device):
     settings = CASES[case][2]
     hfp.unpatch(model)
     model, inputs = model.to(device), {name: x.to(device) for name, x in inputs.items()}
-    batches = [inputs]
-    if method in ("ddp", "fsdp2"):
+    batches, by_data = [inputs], method in ("ddp", "fsdp2")
+    if by_data:
         every = range(dist.get_world_size())
         batches = [{**inputs, "input_ids": (inputs["input_ids"] + i) % 90} for i in every]
     exact = together(model, batches, backend="torch", **settings)
     model = copy.deepcopy(model).to(torch.bfloat16)
     alone = together(model, batches, **settings)
-    if len(batches) > 1:
+    if by_data:
         found = apart(model, batches, method, **settings)
     else:
         found = shared(model, inputs, method, **settings)
