@@ -8,6 +8,10 @@ namespace hfp {
 
 template <int kM>
 struct Softmax {
+  // The maximum that exponents are taken from may lie below the row's by kSlack in base 2. After the first few blocks
+  // it hardly ever has to follow then, and what was summed before need not shrink. Probabilities reach 2^kSlack, which
+  // every dtype holds with the same relative precision as 1.
+  static constexpr float kSlack = 8.f;
   float row_max[kM][2];
   float row_sum[kM][2];  // this thread's columns only; reduced at the end
 
@@ -19,10 +23,11 @@ struct Softmax {
     }
   }
 
-  // Turns logits into probabilities relative to the running maximum. What was summed before, the output too, has then
-  // to shrink by the factors returned. exp2 is the architecture's exponential.
+  // Turns logits into probabilities relative to the running maximum. Returns whether what was summed before, the output
+  // too, has then to shrink by the factors given, for some row of the warp. exp2 is the architecture's exponential.
   template <int kN, class Exp2>
-  __device__ __forceinline__ void update(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
+  __device__ __forceinline__ bool update(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
+    bool grows = false;
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -32,10 +37,13 @@ struct Softmax {
         for (int j = 0; j < kN; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+        const bool follows = (m - row_max[i][h]) * scale > kSlack;  // not if both are -inf
+        m = follows ? m : row_max[i][h];
         // A row that has seen nothing has maximum -inf; exponents are taken from 0 then, because -inf - -inf is NaN.
         const float base = m == -INFINITY ? 0.f : m * scale;
-        shrink[i][h] = exp2(fmaf(row_max[i][h], scale, -base));
+        shrink[i][h] = follows ? exp2(fmaf(row_max[i][h], scale, -base)) : 1.f;
         row_max[i][h] = m;
+        grows |= follows;
         float sum = 0.f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) {
@@ -48,6 +56,7 @@ struct Softmax {
         row_sum[i][h] = fmaf(row_sum[i][h], shrink[i][h], sum);
       }
     }
+    return __any_sync(0xffffffffu, grows);
   }
 
   // Completes the sum of row (i, h).

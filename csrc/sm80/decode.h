@@ -138,8 +138,7 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
         mask_elements(mask, why, s, row, start, lane);
       }
       float shrink[kM][2];
-      softmax.update(s, shrink, p.exp2_scale, exp2_approx);
-      scale_rows(o, shrink);
+      if (softmax.update(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
 
       uint32_t prob[kM][D::kKeys / 16][4];
 #pragma unroll

@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
       mask_by_tile(p.mask.lists, bits, s, not_hoisted(row), n * kBlockK, lane);
     }
     float shrink[kM][2];
-    softmax.update(s, shrink, p.exp2_scale, exp2_approx);
-    scale_rows(o, shrink);
+    if (softmax.update(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
 
     if constexpr (F::kVariant != Variant::kPlain) {
       if (drops<F::kVariant>(p.dropout)) {

@@ -82,7 +82,7 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.group_tiles = Divisor(std::max<int64_t>(group_tiles, 1));
   // Q, dO and the accumulator of a section stay in the L2 cache.
   const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
-  const int section = m.uneven() ? section_size(a.groups, head_bytes) : 1;
+  const int section = m.uneven() ? section_size(a.groups, head_bytes, blocks) : 1;
   a.section_items = Divisor(section * std::max<int64_t>(blocks, 1));
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);

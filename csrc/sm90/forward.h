@@ -73,7 +73,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   } else if (a.p.tile_counter) {
     check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
     // K and V of a section stay in the L2 cache.
-    section = section_size(p.num_heads * p.batch, 4 * int64_t{p.mask.seqlen_k} * p.head_dim);
+    section = section_size(p.num_heads * p.batch, 4 * int64_t{p.mask.seqlen_k} * p.head_dim, a.tiles);
   }
   a.section_tiles = Divisor(section * a.tiles);
   a.section_heads = Divisor(section);

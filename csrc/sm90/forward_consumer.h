@@ -63,13 +63,13 @@ class Consumer {
         wgmma_wait<1>();
         pin(reinterpret_cast<AccumulatorS>(s));
         release(k_, bars_->k_empty);
-        probabilities(work, softmax, s, shrink);
+        const bool shrinks = probabilities(work, softmax, s, shrink);
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
         pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
         release(v_, bars_->v_empty);
         round_to(prob, work, s);
-        scale_rows(o, shrink);
+        if (shrinks) scale_rows(o, shrink);
       }
       if (!F::kQInRegisters) release_q();
       queue.next(true);
@@ -203,7 +203,7 @@ class Consumer {
     stage.next();
   }
 
-  __device__ __forceinline__ void probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+  __device__ __forceinline__ bool probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
                                                 float (&shrink)[1][2]) {
     const int n = blocks_.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
     if constexpr (F::kVariant == Variant::kGeneral) {
@@ -216,7 +216,7 @@ class Consumer {
     if (F::kTold && blocks_.bits != kFullTile) {
       mask_by_tile(a_.p.mask.lists, blocks_.bits, s, sm80::not_hoisted(row), key0, lane_);
     }
-    softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
+    return softmax.update(s, shrink, a_.p.exp2_scale, exp2_approx);
   }
 
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.

@@ -20,11 +20,19 @@ inline int multiprocessors() {
   return count;
 }
 
-// How many of `all` heads, a divisor of it, to work on at once, so that what they share stays in the L2 cache: 32 MB of
-// its 50 are what the other traffic leaves.
-inline int section_size(int all, int64_t bytes_each) {
-  int64_t size = std::clamp<int64_t>((32 << 20) / std::max<int64_t>(bytes_each, 1), 1, std::max(all, 1));
-  while (size > 1 && all % size != 0) --size;
+// How many of `all` heads, a divisor of it, to work on at once: so many that what they share stays in the L2 cache, 32
+// MB of whose 50 are what the other traffic leaves, but no fewer than have a tile for nine multiprocessors of ten. With
+// fewer the longest tiles of the last heads begin when there is little else left: backward, causal, 16 query heads on
+// 4, 8k keys, a schedule of 1.24 times the ideal becomes one of 1.01.
+inline int section_size(int all, int64_t bytes_each, int64_t tiles_each) {
+  const int64_t fits = (32 << 20) / std::max<int64_t>(bytes_each, 1);
+  const int64_t busy = (multiprocessors() * 9 / 10 + tiles_each - 1) / std::max<int64_t>(tiles_each, 1);
+  int64_t size = std::clamp<int64_t>(fits, 1, std::max(all, 1));
+  while (all % size != 0) --size;
+  if (size < busy) {
+    size = std::clamp<int64_t>(busy, 1, std::max(all, 1));
+    while (all % size != 0) ++size;
+  }
   return static_cast<int>(size);
 }
 
