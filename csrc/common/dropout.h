@@ -3,9 +3,9 @@
 // rounds, the fewest that pass BigCrush; one call serves 16 elements, 8 bits each, and a probability is therefore a
 // multiple of 1/256.
 //
-// Its 16 elements are rows {g, g + 8} and columns {c, c + 1} + {0, 8, 16, 24}: what one thread holds of a 16 x 32
-// accumulator. The two rows and the columns 8 apart share a word, so that a transposed accumulator finds its elements
-// in whole words as well.
+// Its 16 elements are, of a tile of 16 x 16, rows {2a, 2a + 1} + {0, 8} and columns {2b, 2b + 1} + {0, 8}: what two
+// lanes hold of an accumulator, be it transposed or not. They hold the same of the neighbouring tile; each lane makes
+// one of the two calls, and they trade. Word = 2 * (row % 2) + row half, byte = 2 * (column % 2) + column half.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,59 +27,82 @@ __device__ inline uint4 philox7(uint4 ctr, uint2 key) {
   return ctr;
 }
 
+// Each of the four digits of `which` names a byte of b:a; plus 8, its top bit repeated.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, unsigned which) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which));
+  return r;
+}
+
+// What a thread drops of its share of a 16 x 16 tile, x[j][2 * h + e] of two groups j of 8 columns: the top bit of byte
+// 2 * e + j of word h; transposed, of byte 2 * e + h of word j.
+template <bool kTransposed>
+struct Dropped {
+  uint32_t word[2];
+
+  // All ones in the halves of a register that hold what is dropped of the pair x[j][2 * h], x[j][2 * h + 1].
+  __device__ __forceinline__ uint32_t pair(int j, int h) const {
+    const unsigned first = kTransposed ? h : j, signs = 0x8888;  // the top bit for all eight of a byte
+    return permute_bytes(word[kTransposed ? j : h], 0, signs + 0x1111 * first + 0x2200);
+  }
+  // All ones if x[j][e] is dropped.
+  __device__ __forceinline__ uint32_t element(int j, int e) const {
+    const unsigned byte = 2 * (e % 2) + (kTransposed ? e / 2 : j), signs = 0x8888;
+    return permute_bytes(word[kTransposed ? j : e / 2], 0, signs + 0x1111 * byte);
+  }
+};
+
 class Dropout {
  public:
-  __device__ Dropout(const DropoutParams& p, int head_index) : head_(head_index), keep_(p.keep) {
+  __device__ explicit Dropout(const DropoutParams& p)
+      : to_carry_(p.keep < 256 ? (128 - p.keep % 128) * 0x01010101u : 0u), either_(p.keep < 128 ? ~0u : 0u) {
     if (!p.rng_state) return;
     const uint64_t seed = static_cast<uint64_t>(p.rng_state[0]);
     key_ = make_uint2(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     offset_ = static_cast<uint32_t>(p.rng_state[1]);
   }
 
-  // Keep bits of one thread's share of the 16 x 32 tile at (row, col), both multiples of 16 and 32; lane_row = 0..7 and
-  // lane_col = 0..3 place the thread in an accumulator. Bit 4 * j + e is element e (columns c, c + 1 of row g, then of
-  // row g + 8) of the j-th group of 8 columns.
-  __device__ uint32_t keep_bits(int row, int col, int lane_row, int lane_col) const {
-    const uint4 r = philox7(make_uint4(col / 32 * 4 + lane_col, row / 16 * 8 + lane_row, head_, offset_), key_);
-    const uint32_t word[4] = {r.x, r.y, r.z, r.w};
-    uint32_t bits = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const uint32_t byte = word[(j / 2) * 2 + e % 2] >> (8 * ((e / 2) * 2 + j % 2)) & 0xffu;
-        bits |= (byte < keep_ ? 1u : 0u) << (4 * j + e);
-      }
+  // Of two tiles side by side from (row, column) on, both multiples of 16; transposed, one below the other. The second
+  // may be of no interest, which saves the trade. `head` counts batch * num_heads + head. For whole warps.
+  template <bool kTransposed>
+  __device__ __forceinline__ void tiles(Dropped<kTransposed> (&of)[2], int head, int row, int column, int lane,
+                                        bool both) const {
+    const int high = lane / 4, low = lane % 4;  // where in an accumulator: rows high and high + 8, columns 2 * low, ...
+    const bool odd = high % 2;
+    const int own = both && odd;  // which tile this lane makes the call for
+    const int y = 4 * (row / 16 + (kTransposed ? own : 0)) + (kTransposed ? low : high / 2);
+    const int x = 4 * (column / 16 + (kTransposed ? 0 : own)) + (kTransposed ? high / 2 : low);
+    uint4 r = philox7(make_uint4(x, y, head, offset_), key_);
+    r = make_uint4(flags(r.x), flags(r.y), flags(r.z), flags(r.w));
+    // Two words for this lane, two for its neighbour.
+    uint32_t mine[2], theirs[2];
+    if (kTransposed) {
+      const unsigned from = odd ? 0x7632 : 0x5410, other = odd ? 0x5410 : 0x7632;
+      mine[0] = permute_bytes(r.x, r.z, from), theirs[0] = permute_bytes(r.x, r.z, other);
+      mine[1] = permute_bytes(r.y, r.w, from), theirs[1] = permute_bytes(r.y, r.w, other);
+    } else {
+      mine[0] = odd ? r.z : r.x, theirs[0] = odd ? r.x : r.z;
+      mine[1] = odd ? r.w : r.y, theirs[1] = odd ? r.y : r.w;
     }
-    return bits;
-  }
-
-  // Keep bits of a transposed accumulator's 16 keys by 16 rows at (row, key), both multiples of 16: bit 4 * j + 2 * h +
-  // e is key lane_row + 8 * h, row 2 * lane_col + 8 * j + e. The even and the odd row of a thread are two calls; the
-  // lane that holds the neighbouring key needs the same two, so each makes one and they trade. For whole warps.
-  __device__ uint32_t keep_bits_transposed(int row, int key, int lane_row, int lane_col) const {
-    const bool odd = lane_row & 1;
-    const uint4 r =
-        philox7(make_uint4(key / 32 * 4 + lane_row / 2, row / 16 * 8 + 2 * lane_col + odd, head_, offset_), key_);
-    const bool upper = key & 16;
-    const uint32_t even_word = upper ? r.z : r.x, odd_word = upper ? r.w : r.y;
-    const uint32_t own = odd ? odd_word : even_word;
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? even_word : odd_word, 4);
-    const uint32_t word[2] = {odd ? other : own, odd ? own : other};
-    uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t byte = word[i % 2] >> (8 * (i / 2)) & 0xffu;
-      bits |= (byte < keep_ ? 1u : 0u) << i;
+    for (int i = 0; i < 2; ++i) {
+      if (both) theirs[i] = __shfl_xor_sync(0xffffffffu, theirs[i], 4);
+      of[0].word[i] = both && odd ? theirs[i] : mine[i];
+      of[1].word[i] = both && odd ? mine[i] : theirs[i];
     }
-    return bits;
   }
 
  private:
+  // The top bit of each byte: whether it is `keep` or more. A carry into it says whether its lower seven bits are as many
+  // as keep's, and then it takes both, or with a keep below 128 either.
+  __device__ __forceinline__ uint32_t flags(uint32_t x) const {
+    const uint32_t sum = (x & 0x7f7f7f7fu) + to_carry_;
+    return (x & sum) | (either_ & (x | sum));
+  }
+
   uint2 key_{};
   uint32_t offset_ = 0;
-  uint32_t head_;
-  uint32_t keep_;
+  uint32_t to_carry_, either_;
 };
 
 }  // namespace hfp

@@ -29,7 +29,9 @@ auto with_variant(const AttentionParams& p, Run run) {
   return run(std::integral_constant<Variant, Variant::kPlain>());
 }
 
-// Whether a kernel of the variant drops what it keeps no bit for.
+constexpr bool can_drop(Variant v) { return v == Variant::kDropout || v == Variant::kGeneral; }
+
+// Whether a call of a kernel of the variant does.
 template <Variant kVariant>
 __device__ __forceinline__ bool drops(const DropoutParams& p) {
   return kVariant == Variant::kDropout || (kVariant == Variant::kGeneral && p.rng_state);
@@ -190,20 +192,42 @@ __device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[
   }
 }
 
-// Keep bits of the accumulator, 16 a word: bit 4 * (j % 4) + e of keep[i][j / 4] is element [i][j][e]. row is the
-// warp's first row, a multiple of 16, and start as above.
-template <int kM, int kN>
-__device__ __forceinline__ void keep_elements(const Dropout& dropout, uint32_t (&keep)[kM][(kN + 3) / 4], int row,
-                                              int start, int lane) {
+// What follows is about a thread's share of probabilities that a warp holds: 16 rows by 8 columns an [j], or transposed.
+// `head` counts batch * num_heads + head; row and column, of the warp's first element, are multiples of 16.
+
+// Drops from packed pairs, the A operand of a product: [t][2 * j + h] is row half h of group j of the t-th 16 columns.
+template <int kT>
+__device__ __forceinline__ void drop_pairs(const Dropout& dropout, int head, uint32_t (&prob)[kT][4], int row,
+                                           int column, int lane) {
 #pragma unroll
-  for (int i = 0; i < kM; ++i) {
+  for (int t = 0; t < kT; t += 2) {
+    Dropped<false> dropped[2];
+    dropout.tiles(dropped, head, row, column + 16 * t, lane, t + 1 < kT);
 #pragma unroll
-    for (int w = 0; w < (kN + 3) / 4; ++w) {
-      const int first = start + 32 * w;
-      keep[i][w] = dropout.keep_bits(row + 16 * i, first & ~31, lane >> 2, lane & 3) >> (first & 31) / 2;
-    }
+    for (int k = 0; k < 2 && t + k < kT; ++k)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) prob[t + k][e] &= ~dropped[k].pair(e / 2, e % 2);
   }
 }
-__device__ __forceinline__ bool kept(uint32_t word, int j, int e) { return word >> (4 * (j % 4) + e) & 1u; }
+
+// Makes negative what is dropped, for there is no other use of a probability's sign.
+template <bool kTransposed, int kN>
+__device__ __forceinline__ void mark_dropped(const Dropout& dropout, int head, float (&p)[kN][4], int row, int column,
+                                             int lane) {
+#pragma unroll
+  for (int t = 0; t < kN / 2; t += 2) {
+    Dropped<kTransposed> dropped[2];
+    dropout.tiles(dropped, head, row + (kTransposed ? 16 * t : 0), column + (kTransposed ? 0 : 16 * t), lane,
+                  t + 1 < kN / 2);
+#pragma unroll
+    for (int j = 0; j < 4 && 2 * t + j < kN; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const uint32_t sign = dropped[j / 2].element(j % 2, e) & 0x80000000u;
+        p[2 * t + j][e] = __uint_as_float(__float_as_uint(p[2 * t + j][e]) | sign);
+      }
+  }
+}
+__device__ __forceinline__ bool is_dropped(float p) { return __float_as_int(p) < 0; }
 
 }  // namespace hfp

@@ -147,13 +147,13 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i][j][e] = exp2_approx(fmaf(s[i][j][e], p.exp2_scale, -lse[i][e / 2]));
 
-    const bool dropping = drops<B::kVariant>(p.dropout);
-    uint32_t keep[kMS][(kNS + 3) / 4];
-    if (dropping) {
-      const Dropout dropout(p.dropout, seq.batch * p.num_heads + head);
-      keep_elements<kMS, kNS>(dropout, keep, row0 + s_row, key0 + s_col, lane);
+    if (drops<B::kVariant>(p.dropout)) {
+      const Dropout dropout(p.dropout);
+#pragma unroll
+      for (int i = 0; i < kMS; ++i) {
+        mark_dropped<false>(dropout, seq.batch * p.num_heads + head, s[i], row0 + s_row + 16 * i, key0 + s_col, lane);
+      }
     }
-    auto is_kept = [&](int i, int j, int e) { return !dropping || kept(keep[i][j / 4], j, e); };
     const uint32_t p_at = tile_p + not_hoisted(s_to);
 #pragma unroll
     for (int i = 0; i < kMS; ++i)
@@ -161,9 +161,9 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
       for (int j = 0; j < kNS; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float a = is_kept(i, j, 2 * h) ? s[i][j][2 * h] : 0.f;
-          const float b = is_kept(i, j, 2 * h + 1) ? s[i][j][2 * h + 1] : 0.f;
-          store_shared(TileS::step(p_at, j) + (16 * i + 8 * h) * TileS::kRowBytes, pack<Element>(a, b));
+          const float a = s[i][j][2 * h], b = s[i][j][2 * h + 1];
+          store_shared(TileS::step(p_at, j) + (16 * i + 8 * h) * TileS::kRowBytes,
+                       can_drop(B::kVariant) ? pack_positive<Element>(a, b) : pack<Element>(a, b));
         }
 
     load_per_row<kMS>(delta, p.delta + scratch + s_row + lane / 4);
@@ -177,12 +177,15 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
       for (int j = 0; j < kNS; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float x = dp[i][j][e];
-          if (dropping) x = is_kept(i, j, e) ? x * p.dropout.rescale : 0.f;
-          float ds = s[i][j][e] * (x - delta[i][e / 2]);
+          const float prob = fabsf(s[i][j][e]), delta_row = delta[i][e / 2];
+          float ds = prob * (dp[i][j][e] - delta_row);
+          if constexpr (can_drop(B::kVariant)) {
+            const float y = is_dropped(s[i][j][e]) ? 0.f : dp[i][j][e];
+            ds = prob * (y * p.dropout.rescale - delta_row);
+          }
           if constexpr (B::kVariant == Variant::kGeneral) {
             const int distance = row + 16 * i + 8 * (e / 2) + mask.shift() - (key0 + s_col + lane_col + 8 * j + e % 2);
-            ds *= bias.derivative(s[i][j][e], lse[i][e / 2], distance);
+            ds *= bias.derivative(prob, lse[i][e / 2], distance);
           }
           dp[i][j][e] = ds;
         }

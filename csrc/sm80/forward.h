@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
   const uint32_t frag_q = a_along<TileQ>(tile_q, warp * kM * 16, lane);
   const uint32_t frag_k = b_along<TileK>(tile_k, 0, lane);
   const uint32_t frag_v = b_down<TileK>(tile_v, 0, lane);
-  const Dropout dropout(p.dropout, batch * p.num_heads + head);
+  const Dropout dropout(p.dropout);
   const LogitBias bias(p, batch, head);
 
   float o[kM][kNO][4];
@@ -106,19 +106,6 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
     float shrink[kM][2];
     if (softmax.update(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
 
-    if constexpr (F::kVariant != Variant::kPlain) {
-      if (drops<F::kVariant>(p.dropout)) {
-        uint32_t keep[kM][(kNS + 3) / 4];
-        keep_elements<kM, kNS>(dropout, keep, warp_row, n * kBlockK, lane);
-#pragma unroll
-        for (int i = 0; i < kM; ++i)
-#pragma unroll
-          for (int j = 0; j < kNS; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) s[i][j][e] = kept(keep[i][j / 4], j, e) ? s[i][j][e] : 0.f;
-      }
-    }
-
     // The accumulator of S is, rounded, the A operand of the next product.
     uint32_t prob[kM][kBlockK / 16][4];
 #pragma unroll
@@ -130,6 +117,12 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
           const float (&c)[4] = s[i][2 * j + e / 2];
           prob[i][j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
         }
+    if (drops<F::kVariant>(p.dropout)) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        drop_pairs(dropout, batch * p.num_heads + head, prob[i], warp_row + 16 * i, n * kBlockK, lane);
+      }
+    }
     gemm_down<Element, OperandA::kRegisters, TileQ, TileK, kM, kNO / 2, kBlockK / 16, 1>(o, prob, not_hoisted(frag_v));
   }
 

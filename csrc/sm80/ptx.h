@@ -126,6 +126,22 @@ __device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
   return r;
 }
 
+// The same, negative numbers as 0.
+template <typename T>
+__device__ __forceinline__ uint32_t pack_positive(float lo, float hi);
+template <>
+__device__ __forceinline__ uint32_t pack_positive<__nv_bfloat16>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_positive<__half>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
 template <typename T>
 __device__ __forceinline__ float2 unpack(uint32_t v);
 template <>

@@ -79,9 +79,9 @@ class BackwardConsumer {
   // Of its first query, in a vector over the queries of a tile.
   __device__ uint32_t first_of(const float* vector) const { return smem_address(vector) + 4 * first_query(); }
 
-  // From S^T: P^T, and what dropout keeps of it.
+  // From S^T: P^T, negative where dropout drops it.
   __device__ __forceinline__ void probabilities(const KeyBlock<B>& work, const typename B::Step& step,
-                                                float (&p)[kNS][4], uint32_t (&keep)[(kNS + 7) / 8]) {
+                                                float (&p)[kNS][4]) {
     const int key = first_key(), row = step.row0 + first_query();
     if constexpr (B::kVariant == Variant::kGeneral) {
       const LogitBias bias(a_.p, work.seq.batch, step.head);
@@ -102,28 +102,18 @@ class BackwardConsumer {
 #pragma unroll
       for (int e = 0; e < 4; ++e) p[j][e] = exp2_approx(fmaf(p[j][e], a_.p.exp2_scale, e % 2 ? -l.y : -l.x));
     }
-    if (dropping()) {
-      const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + step.head);
-#pragma unroll
-      for (int i = 0; i < kNS / 2; ++i) {
-        const uint32_t bits = dropout.keep_bits_transposed(step.row0 + B::first_query(group_) + 16 * i,
-                                                           work.key0() + key - lane_ / 4, lane_ / 4, lane_ % 4);
-        keep[i / 4] = i % 4 ? keep[i / 4] | bits << (8 * (i % 4)) : bits;
-      }
+    if (drops<B::kVariant>(a_.p.dropout)) {
+      mark_dropped<true>(Dropout(a_.p.dropout), work.seq.batch * a_.p.num_heads + step.head, p,
+                         step.row0 + B::first_query(group_), work.key0() + B::first_key(group_) + 16 * warp_, lane_);
     }
   }
-  // Rounded, without what dropout drops: the j-th 16 keys by 8 queries.
-  __device__ __forceinline__ void round_p(uint32_t (&x)[2], const float (&p)[4], int j,
-                                          const uint32_t (&keep)[(kNS + 7) / 8]) const {
+  // Rounded, without what dropout drops: 16 keys by 8 queries.
+  __device__ __forceinline__ void round_p(uint32_t (&x)[2], const float (&p)[4]) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float a = p[2 * h], b = p[2 * h + 1];
-      x[h] = pack<Element>(!dropping() || is_kept(keep, j, 2 * h) ? a : 0.f,
-                           !dropping() || is_kept(keep, j, 2 * h + 1) ? b : 0.f);
+      x[h] = can_drop(B::kVariant) ? pack_positive<Element>(a, b) : pack<Element>(a, b);
     }
-  }
-  __device__ static bool is_kept(const uint32_t (&keep)[(kNS + 7) / 8], int j, int e) {
-    return keep[j / 8] >> (4 * (j % 8) + e) & 1u;
   }
 
   // Where this lane's row of an stmatrix lies in a tile of S^T's shape.
@@ -133,8 +123,7 @@ class BackwardConsumer {
 
   // dS^T = P^T (dP^T - delta), rounded, to shared memory.
   __device__ __forceinline__ void store_ds(const KeyBlock<B>& work, const typename B::Step& step,
-                                           const float (&p)[kNS][4], const float (&dp)[kNS][4],
-                                           const uint32_t (&keep)[(kNS + 7) / 8]) {
+                                           const float (&p)[kNS][4], const float (&dp)[kNS][4]) {
     const uint32_t delta = first_of(bars_->delta[do_.index]);
     const uint32_t to = at(B::kAtDs, ds_buffer_, TileS::kBytes) + place_in_s();
 #pragma unroll
@@ -147,9 +136,13 @@ class BackwardConsumer {
         float ds[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          float y = dp[j][e];
-          if (dropping()) y = is_kept(keep, j, e) ? y * a_.p.dropout.rescale : 0.f;
-          ds[e] = p[j][e] * (y - (e % 2 ? d.y : d.x));
+          const float d_row = e % 2 ? d.y : d.x;
+          if constexpr (can_drop(B::kVariant)) {
+            const float y = is_dropped(p[j][e]) ? 0.f : dp[j][e];
+            ds[e] = fabsf(p[j][e]) * (y * a_.p.dropout.rescale - d_row);
+          } else {
+            ds[e] = p[j][e] * (dp[j][e] - d_row);
+          }
         }
         if constexpr (B::kVariant == Variant::kGeneral) {
           const LogitBias bias(a_.p, work.seq.batch, step.head);
@@ -157,7 +150,7 @@ class BackwardConsumer {
           const int key = first_key(), row = step.row0 + first_query();
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            ds[e] *= bias.derivative(p[j][e], e % 2 ? l.y : l.x, distance(work, key, row, j, e / 2, e % 2));
+            ds[e] *= bias.derivative(fabsf(p[j][e]), e % 2 ? l.y : l.x, distance(work, key, row, j, e / 2, e % 2));
           }
         }
         x[2 * k] = pack<Element>(ds[0], ds[1]);
@@ -249,7 +242,6 @@ class BackwardConsumer {
     named_sync(2 + group_, 128);
   }
 
-  __device__ bool dropping() const { return drops<B::kVariant>(a_.p.dropout); }
   __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {
     return row + 8 * j + e + work.mask.shift() - (work.key0() + key + 8 * h);
   }

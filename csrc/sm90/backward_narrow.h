@@ -29,7 +29,7 @@ class NarrowConsumer : BackwardConsumer<B> {
   // cores work; a wait for all but n products is one for the oldest.
   __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
                                        float (&dv)[kND][4]) {
-    uint32_t prob[kNS / 2][4], keep[(kNS + 7) / 8];
+    uint32_t prob[kNS / 2][4];
     {
       float p[kNS][4], dp[kNS][4];
       barrier_wait(smem_address(&bars_->k_full), keys_parity_);
@@ -40,10 +40,10 @@ class NarrowConsumer : BackwardConsumer<B> {
       keys_parity_ ^= 1;
       wgmma_wait<1>();  // S
       pin(flat(p));
-      this->probabilities(work, step, p, keep);
-      round(prob, p, keep);
+      this->probabilities(work, step, p);
+      round(prob, p);
       wgmma_wait<0>();  // dP
-      finish_step(work, step, p, dp, prob, keep, dv, [] {});
+      finish_step(work, step, p, dp, prob, dv, [] {});
     }
 #pragma unroll 1
     while (!(step.flags & B::kLast)) {
@@ -68,11 +68,11 @@ class NarrowConsumer : BackwardConsumer<B> {
       wgmma_wait<2>();  // S, and with it dV
       if constexpr (B::kOverlapsDv) release_do();
       pin(flat(p));
-      this->probabilities(work, step, p, keep);
-      round(prob, p, keep);
+      this->probabilities(work, step, p);
+      round(prob, p);
       wgmma_wait<1>();  // dP
       ds_buffer_ ^= 1;
-      finish_step(work, step, p, dp, prob, keep, dv, [&] {
+      finish_step(work, step, p, dp, prob, dv, [&] {
         wgmma_wait<2>();  // dK of the step before
         release(bars_->q_empty + q_before);
       });
@@ -90,12 +90,11 @@ class NarrowConsumer : BackwardConsumer<B> {
     ds_buffer_ ^= 1;
   }
 
-  __device__ __forceinline__ void round(uint32_t (&prob)[kNS / 2][4], const float (&p)[kNS][4],
-                                        const uint32_t (&keep)[(kNS + 7) / 8]) const {
+  __device__ __forceinline__ void round(uint32_t (&prob)[kNS / 2][4], const float (&p)[kNS][4]) const {
 #pragma unroll
     for (int j = 0; j < kNS; ++j) {
       uint32_t x[2];
-      this->round_p(x, p[j], j, keep);
+      this->round_p(x, p[j]);
       prob[j / 2][j % 2 * 2] = x[0];
       prob[j / 2][j % 2 * 2 + 1] = x[1];
     }
@@ -105,10 +104,9 @@ class NarrowConsumer : BackwardConsumer<B> {
   template <class AfterDk>
   __device__ __forceinline__ void finish_step(const KeyBlock<B>& work, const typename B::Step& step,
                                               const float (&p)[kNS][4], float (&dp)[kNS][4],
-                                              uint32_t (&prob)[kNS / 2][4], const uint32_t (&keep)[(kNS + 7) / 8],
-                                              float (&dv)[kND][4], AfterDk after_dk) {
+                                              uint32_t (&prob)[kNS / 2][4], float (&dv)[kND][4], AfterDk after_dk) {
     pin(flat(dp));
-    this->store_ds(work, step, p, dp, keep);
+    this->store_ds(work, step, p, dp);
     async_fence_shared();
     named_sync(1, 128 * B::kConsumers);  // dS of both consumers is there
     float dq[kNQ][4];

@@ -28,7 +28,6 @@ class WideConsumer : BackwardConsumer<B> {
   __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
                                        float (&dv)[kND][4]) {
     float p[kNS][4];
-    uint32_t keep[(kNS + 7) / 8];
     barrier_wait(smem_address(&bars_->k_full), keys_parity_);
     barrier_wait(smem_address(&bars_->v_full), keys_parity_);
     keys_parity_ ^= 1;
@@ -41,12 +40,12 @@ class WideConsumer : BackwardConsumer<B> {
         issue_dp(dp);
         wgmma_wait<1>();  // S
         pin(flat(p));
-        this->probabilities(work, step, p, keep);
+        this->probabilities(work, step, p);
         wgmma_wait<0>();  // dP
         pin(flat(dp));
         named_sync(1, 128 * B::kConsumers);  // nobody reads the P and dS of the step before any more
-        store_p(p, keep);
-        this->store_ds(work, step, p, dp, keep);
+        store_p(p);
+        this->store_ds(work, step, p, dp);
         async_fence_shared();
         named_sync(1, 128 * B::kConsumers);  // P and dS are complete
       }
@@ -132,13 +131,13 @@ class WideConsumer : BackwardConsumer<B> {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void store_p(const float (&p)[kNS][4], const uint32_t (&keep)[(kNS + 7) / 8]) {
+  __device__ __forceinline__ void store_p(const float (&p)[kNS][4]) {
     const uint32_t to = at(B::kAtP) + this->place_in_s();
 #pragma unroll
     for (int j = 0; j < kNS; j += 2) {
       uint32_t x[2], y[2];
-      this->round_p(x, p[j], j, keep);
-      this->round_p(y, p[j + 1], j + 1, keep);
+      this->round_p(x, p[j]);
+      this->round_p(y, p[j + 1]);
       store_matrix4(TileS::step(to, j), x[0], x[1], y[0], y[1]);
     }
   }

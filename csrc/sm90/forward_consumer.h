@@ -222,17 +222,6 @@ class Consumer {
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
   __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
                                            float (&s)[1][kNS][4]) {
-    if constexpr (F::kVariant != Variant::kPlain) {
-      if (drops<F::kVariant>(a_.p.dropout)) {
-        const Dropout dropout(a_.p.dropout, work.seq.batch * a_.p.num_heads + work.head);
-        uint32_t keep[1][kNS / 4];
-        keep_elements<1, kNS>(dropout, keep, first_row(work), blocks_.block * F::kBlockK, lane_);
-#pragma unroll
-        for (int j = 0; j < kNS; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) s[0][j][e] = kept(keep[0][j / 4], j, e) ? s[0][j][e] : 0.f;
-      }
-    }
 #pragma unroll
     for (int j = 0; j < F::kBlockK / 16; ++j)
 #pragma unroll
@@ -240,6 +229,10 @@ class Consumer {
         const float (&c)[4] = s[0][2 * j + e / 2];
         prob[j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
       }
+    if (drops<F::kVariant>(a_.p.dropout)) {
+      drop_pairs(Dropout(a_.p.dropout), work.seq.batch * a_.p.num_heads + work.head, prob, first_row(work),
+                 blocks_.block * F::kBlockK, lane_);
+    }
   }
 
   // Writes lse and O. Four lanes hold two columns each of 8; they trade so that each writes 16 bytes of one row.

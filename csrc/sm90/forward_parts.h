@@ -11,7 +11,7 @@ namespace hfp::sm90 {
 
 // Keys of a block. Where Q is in shared memory, the fewer the more often it is read: 64 rows by 64 keys take all that
 // shared memory delivers. 96 columns and three consumers leave registers for 96 keys, 256 columns leave shared memory
-// for 80, which divides no block of a list and is no number of words of dropout's bits.
+// for 80, which divides no block of a list.
 constexpr int keys_of_block(int head_dim, Variant variant, int consumers) {
   if (head_dim > 128) return variant == Variant::kPlain ? 80 : 64;
   return head_dim == 96 && consumers == 3 ? 96 : 128;

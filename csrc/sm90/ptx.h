@@ -10,6 +10,7 @@ namespace hfp::sm90 {
 
 using sm80::exp2_approx;
 using sm80::pack;
+using sm80::pack_positive;
 using sm80::smem_address;
 using sm80::unpack;
 

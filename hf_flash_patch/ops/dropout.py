@@ -1,8 +1,8 @@
 """Counter-based dropout: a pair is kept or not as a function of (seed, offset, head, i, j) alone.
 
 So forward, backward, recomputation, every tile shape and both engines drop the same pairs. One call
-of Philox4x32 serves 16 pairs, a byte each: rows {r, r + 8} and columns {c, c + 1} + {0, 8, 16, 24}
-of a tile of 16 x 32, which is what one thread of the compiled kernels holds.
+of Philox4x32 serves 16 pairs, a byte each: rows {2a, 2a + 1} + {0, 8} and columns {2b, 2b + 1} +
+{0, 8} of a tile of 16 x 16, which is what two threads of the compiled kernels hold.
 
 Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC'11); 7 rounds are the fewest
 that pass BigCrush.
@@ -14,8 +14,7 @@ import math
 
 import torch
 
-ROW_TILE = 16
-COLUMN_TILE = 32
+TILE = 16
 
 _ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -86,24 +85,23 @@ def keep_tile(
         bool (n, rows, columns), True where the pair is kept.
     """
     device = rng_state.device
-    first_row, first_column = row_begin // ROW_TILE, column_begin // COLUMN_TILE
-    row_tiles = -(-row_end // ROW_TILE) - first_row
-    column_tiles = -(-column_end // COLUMN_TILE) - first_column
+    first_row, first_column = row_begin // TILE, column_begin // TILE
+    row_tiles = -(-row_end // TILE) - first_row
+    column_tiles = -(-column_end // TILE) - first_column
 
-    y = torch.arange(first_row * 8, (first_row + row_tiles) * 8, device=device)
+    y = torch.arange(first_row * 4, (first_row + row_tiles) * 4, device=device)
     x = torch.arange(first_column * 4, (first_column + column_tiles) * 4, device=device)
     counter = (x, y[:, None], heads[:, None, None], rng_state[1] & _LOW)
     words = _philox(counter, (rng_state[0] & _LOW, (rng_state[0] >> 32) & _LOW))
 
-    # Word = half of the 32 columns * 2 + parity of the column; byte = half of the 16 rows * 2 + odd
-    # group of 8 columns.
+    # Word = 2 * parity of the row + half of the 16 rows, byte = 2 * parity of the column + half.
     stacked = torch.stack([word.expand(len(heads), len(y), len(x)) for word in words], dim=-1)
     keep = stacked.view(torch.uint8).unflatten(-1, (4, 8))[..., :4] < keep_threshold(dropout_p)
-    keep = keep.view(len(heads), row_tiles, 8, column_tiles, 4, 2, 2, 2, 2)
-    #       n, row tile, row half, row, column tile, column half, group, pair, parity
-    keep = keep.permute(0, 1, 7, 2, 3, 5, 8, 4, 6)
-    keep = keep.reshape(len(heads), row_tiles * ROW_TILE, column_tiles * COLUMN_TILE)
-    row, column = row_begin - first_row * ROW_TILE, column_begin - first_column * COLUMN_TILE
+    keep = keep.view(len(heads), row_tiles, 4, column_tiles, 4, 2, 2, 2, 2)
+    #       n, row tile, half, pair of rows, parity, column tile, half, pair of columns, parity
+    keep = keep.permute(0, 1, 6, 2, 5, 3, 8, 4, 7)
+    keep = keep.reshape(len(heads), row_tiles * TILE, column_tiles * TILE)
+    row, column = row_begin - first_row * TILE, column_begin - first_column * TILE
     return keep[:, row : row + row_end - row_begin, column : column + column_end - column_begin]
 
 

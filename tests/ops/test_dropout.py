@@ -40,10 +40,10 @@ def philox_by_hand(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int,
 def kept_by_hand(i: int, j: int, head: int, threshold: int) -> bool:
     """The definition, for one pair."""
     seed, offset = STATE.tolist()
-    counter = ((j // 32) * 4 + (j % 8) // 2, (i // 16) * 8 + i % 8, head, offset)
+    counter = ((j // 16) * 4 + (j % 8) // 2, (i // 16) * 4 + (i % 8) // 2, head, offset)
     words = philox_by_hand(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    word = words[((j % 32) // 16) * 2 + j % 2]
-    byte = ((i // 8) % 2) * 2 + (j // 8) % 2
+    word = words[2 * (i % 2) + (i // 8) % 2]
+    byte = 2 * (j % 2) + (j // 8) % 2
     return (word >> (8 * byte)) & 0xFF < threshold
 
 
