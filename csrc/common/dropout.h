@@ -93,8 +93,8 @@ class Dropout {
   }
 
  private:
-  // The top bit of each byte: whether it is `keep` or more. A carry into it says whether its lower seven bits are as many
-  // as keep's, and then it takes both, or with a keep below 128 either.
+  // The top bit of each byte: whether it is `keep` or more. A carry into it says whether its lower seven bits are as
+  // many as keep's, and then it takes both, or with a keep below 128 either.
   __device__ __forceinline__ uint32_t flags(uint32_t x) const {
     const uint32_t sum = (x & 0x7f7f7f7fu) + to_carry_;
     return (x & sum) | (either_ & (x | sum));

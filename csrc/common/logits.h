@@ -192,8 +192,8 @@ __device__ __forceinline__ void bias_elements(const LogitBias& bias, float (&s)[
   }
 }
 
-// What follows is about a thread's share of probabilities that a warp holds: 16 rows by 8 columns an [j], or transposed.
-// `head` counts batch * num_heads + head; row and column, of the warp's first element, are multiples of 16.
+// What follows is about a thread's share of probabilities that a warp holds: 16 rows by 8 columns an [j], or
+// transposed. `head` counts batch * num_heads + head; row and column, of the warp's first element, are multiples of 16.
 
 // Drops from packed pairs, the A operand of a product: [t][2 * j + h] is row half h of group j of the t-th 16 columns.
 template <int kT>

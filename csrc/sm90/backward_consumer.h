@@ -19,6 +19,7 @@ class BackwardConsumer {
   __device__ BackwardConsumer(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
       : a_(a),
         bars_(bars),
+        dropout_(a.p.dropout),
         group_(uniform(threadIdx.x / 128) - 1),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
@@ -103,8 +104,8 @@ class BackwardConsumer {
       for (int e = 0; e < 4; ++e) p[j][e] = exp2_approx(fmaf(p[j][e], a_.p.exp2_scale, e % 2 ? -l.y : -l.x));
     }
     if (drops<B::kVariant>(a_.p.dropout)) {
-      mark_dropped<true>(Dropout(a_.p.dropout), work.seq.batch * a_.p.num_heads + step.head, p,
-                         step.row0 + B::first_query(group_), work.key0() + B::first_key(group_) + 16 * warp_, lane_);
+      mark_dropped<true>(dropout_, work.seq.batch * a_.p.num_heads + step.head, p, step.row0 + B::first_query(group_),
+                         work.key0() + B::first_key(group_) + 16 * warp_, lane_);
     }
   }
   // Rounded, without what dropout drops: 16 keys by 8 queries.
@@ -216,23 +217,12 @@ class BackwardConsumer {
   __device__ __forceinline__ void leave(const CUtensorMap& map, int place, const float (&x)[kND][4], float scale,
                                         const KeyBlock<B>& work, int key0) {
     using TileOut = typename B::TileOut;
-    const uint32_t to = at(place) + TileOut::offset(16 * warp_ + lane_ % 16, lane_ / 16);
-#pragma unroll
-    for (int j = 0; j < kND; j += 2) {
-      store_matrix4(TileOut::step(to, j), pack<Element>(x[j][0] * scale, x[j][1] * scale),
-                    pack<Element>(x[j][2] * scale, x[j][3] * scale),
-                    pack<Element>(x[j + 1][0] * scale, x[j + 1][1] * scale),
-                    pack<Element>(x[j + 1][2] * scale, x[j + 1][3] * scale));
-    }
+    store_to_tile<TileOut, Element>(at(place), 16 * warp_, x, {scale, scale}, lane_);
     async_fence_shared();
     named_sync(2 + group_, 128);
     if (threadIdx.x % 128 == 0) {
       const int row = static_cast<int>(work.seq.offset_k) + key0, batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-#pragma unroll
-      for (int i = 0; i < TileOut::kPanels; ++i) {
-        tma_store(&map, at(place) + i * TileOut::kPanelBytes, B::first_column(group_) + i * TileOut::kPanel, row,
-                  work.head_k, batch);
-      }
+      TileOut::store(at(place), 0, &map, B::first_column(group_), row, work.head_k, batch);
       bulk_commit();
     }
   }
@@ -255,6 +245,7 @@ class BackwardConsumer {
 
   const BackwardArguments& a_;
   typename B::Barriers* bars_;
+  const Dropout dropout_;
   const int group_, lane_, warp_;
   const uint32_t base_;
   Stage<B::kStagesQ> q_{0};

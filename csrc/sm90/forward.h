@@ -11,8 +11,8 @@
 
 namespace hfp::sm90 {
 
-// What spills: per tile, its description; per block, in the general variant, the numbers of softcap and ALiBi.
-// ptxas-spill-ok(sm9014forward_kernel, 500): nothing that a product waits for
+// What spills: per tile, its description.
+// ptxas-spill-ok(sm9014forward_kernel, 100): nothing that a product waits for
 
 template <class F>
 __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments a) {
@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   auto* bars = reinterpret_cast<typename F::Barriers*>(aligned + F::kTileBytes);
   const uint32_t tile_k = base, tile_v = tile_k + F::kStages * F::TileK::kBytes;
   const uint32_t tile_q = tile_v + F::kStages * F::TileK::kBytes;
+  const uint32_t tile_o = tile_q + F::kStagesQ * F::kConsumers * F::TileQ::kBytes;
   if (threadIdx.x == 0) {
     barrier_init(smem_address(&bars->tile_full), 1);
     barrier_init(smem_address(&bars->tile_empty), 4 * F::kConsumers + 1);
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
     }
   } else {
     take_registers<F::kConsumerRegisters>();
-    Consumer<F>(a, bars, tile_q, tile_k, tile_v).run();
+    Consumer<F>(a, bars, tile_q, tile_k, tile_v, tile_o).run();
   }
 }
 
@@ -63,6 +64,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
   a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
   a.tiles = (p.mask.seqlen_q + F::kBlockQ - 1) / F::kBlockQ;
+  a.out = tensor_map(p.out, p.head_dim, p.rows_q, p.num_heads, batch, F::TileQ::kPanel, 16, kBf16);
   const int64_t total = int64_t{a.tiles} * p.num_heads * p.batch;
   if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: forward: more than 2^31 - 1 tiles");
   a.total = static_cast<int>(total);
@@ -99,7 +101,7 @@ bool pays_tall(const MaskParams& m) {
 
 template <typename Element, int kHeadDim, Variant kVariant>
 void choose_forward(const AttentionParams& p, cudaStream_t stream) {
-  if constexpr (kHeadDim <= 96 && kVariant != Variant::kGeneral) {
+  if constexpr (kHeadDim <= 96 && !can_drop(kVariant)) {
     if (pays_tall<kHeadDim>(p.mask)) return launch_forward<Element, kHeadDim, kVariant, 3>(p, stream);
   }
   launch_forward<Element, kHeadDim, kVariant, 2>(p, stream);

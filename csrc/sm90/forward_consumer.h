@@ -19,13 +19,15 @@ class Consumer {
 
  public:
   __device__ Consumer(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q, uint32_t tile_k,
-                      uint32_t tile_v)
+                      uint32_t tile_v, uint32_t tile_o)
       : a_(a),
         bars_(bars),
+        dropout_(a.p.dropout),
         group_(uniform(threadIdx.x / 128) - 1),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         tile_q_(tile_q + group_ * TileQ::kBytes),
+        tile_o_(tile_o + group_ * TileQ::kBytes),
         desc_k_(TileK::along(tile_k)),
         desc_v_(TileK::down(tile_v)) {}
 
@@ -35,7 +37,7 @@ class Consumer {
     if (group_ == F::kConsumers - 1) named_arrive(1, 256);
     auto queue = tiles_of<F>(a_, bars_);
     Work<F> work(a_, queue.tile());
-    if (!settle(queue, work)) return;
+    if (!settle(queue, work)) return await_left();
     float s[1][kNS][4], o[1][kNO][4], shrink[1][2];
     uint32_t prob[F::kBlockK / 16][4];
     Softmax<1> softmax;
@@ -80,7 +82,7 @@ class Consumer {
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
         finish(done, softmax, o);
-        return;
+        break;
       }
       Softmax<1> sums = softmax;
       softmax = Softmax<1>();
@@ -101,6 +103,7 @@ class Consumer {
       finish(done, sums, o);
       round_to(prob, work, s);
     }
+    await_left();
   }
 
  private:
@@ -221,7 +224,7 @@ class Consumer {
 
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
   __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
-                                           float (&s)[1][kNS][4]) {
+                                           const float (&s)[1][kNS][4]) {
 #pragma unroll
     for (int j = 0; j < F::kBlockK / 16; ++j)
 #pragma unroll
@@ -230,32 +233,54 @@ class Consumer {
         prob[j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
       }
     if (drops<F::kVariant>(a_.p.dropout)) {
-      drop_pairs(Dropout(a_.p.dropout), work.seq.batch * a_.p.num_heads + work.head, prob, first_row(work),
+      drop_pairs(dropout_, work.seq.batch * a_.p.num_heads + work.head, prob, first_row(work),
                  blocks_.block * F::kBlockK, lane_);
     }
   }
 
-  // Writes lse and O. Four lanes hold two columns each of 8; they trade so that each writes 16 bytes of one row.
+  // Writes lse and O, whose 16 rows of a warp are copied while the next tile is worked on. A box past the end of a
+  // sequence would cover rows of the next.
   __device__ __forceinline__ void finish(const Work<F>& work, Softmax<1>& softmax, float (&o)[1][kNO][4]) {
     const AttentionParams& p = a_.p;
-    const int lane_col = lane_ % 4;
+    const int row0 = first_row(work), row = row0 + lane_ / 4;
     float* lse = p.lse + work.seq.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.seq.offset_q;
+    float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = first_row(work) + lane_ / 4 + 8 * h;
       const float row_lse = softmax.finish(0, h, p.exp2_scale);
-      if (lane_col == 0 && row < work.seq.seqlen_q) lse[row] = row_lse;
-      float scale = softmax.row_sum[0][h] > 0.f ? __fdividef(1.f, softmax.row_sum[0][h]) : 0.f;
-      if constexpr (F::kVariant != Variant::kPlain) scale *= p.dropout.rescale;
-      Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row, work.head);
-      store_row<Element>(out, row < work.seq.seqlen_q, o[0], h, scale, p.head_dim, lane_col);
+      if (lane_ % 4 == 0 && row + 8 * h < work.seq.seqlen_q) lse[row + 8 * h] = row_lse;
+      scale[h] = softmax.row_sum[0][h] > 0.f ? __fdividef(1.f, softmax.row_sum[0][h]) : 0.f;
+      if constexpr (can_drop(F::kVariant)) scale[h] *= p.dropout.rescale;
     }
+    if (F::kOutInTiles && uniform(row0 + 16 <= work.seq.seqlen_q)) {
+      await_left();
+      store_to_tile<TileQ, Element>(tile_o_, 16 * warp_, o[0], scale, lane_);
+      async_fence_shared();
+      __syncwarp();
+      if (lane_ == 0) {
+        TileQ::store(tile_o_, 16 * warp_, &a_.out, 0, static_cast<int>(work.seq.offset_q) + row0, work.head,
+                     p.mask.cu_seqlens_q ? 0 : work.seq.batch);
+        bulk_commit();
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row + 8 * h, work.head);
+        store_row<Element>(out, row + 8 * h < work.seq.seqlen_q, o[0], h, scale[h], p.head_dim, lane_ % 4);
+      }
+    }
+  }
+  // Until this warp's last rows have left their tile.
+  __device__ __forceinline__ void await_left() {
+    if (lane_ == 0) bulk_wait_read<0>();
+    __syncwarp();
   }
 
   const ForwardArguments& a_;
   typename F::Barriers* bars_;
+  const Dropout dropout_;
   const int group_, lane_, warp_;
-  const uint32_t tile_q_;
+  const uint32_t tile_q_, tile_o_;
   const uint64_t desc_k_, desc_v_;
   uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
   std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is

@@ -22,9 +22,12 @@ struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 3
   static constexpr int kConsumers = kConsumers_;
   static constexpr int kBlockK = keys_of_block(kHeadDim, kVariant, kConsumers_);
   static constexpr int kStages = 2;
-  static constexpr bool kQInRegisters = kHeadDim <= 128 && kConsumers == 2;
+  // Dropout takes the registers of 128 columns of Q, and the time that reading them from shared memory costs.
+  static constexpr bool kQInRegisters = kHeadDim <= (can_drop(kVariant) ? 96 : 128) && kConsumers == 2;
   // 2: the next tile's Q arrives while this one is worked on.
   static constexpr int kStagesQ = kHeadDim <= 128 && !kQInRegisters ? 2 : 1;
+  // O leaves through tiles of its own. 256 columns leave no room for them; 64 are so few that they are stored sooner.
+  static constexpr bool kOutInTiles = kHeadDim == 96 || kHeadDim == 128;
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 };
@@ -54,8 +57,8 @@ struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
     int tile;
     Note note[Traits::kStages];  // with K
   };
-  static constexpr int kTileBytes =
-      2 * Traits::kStages * TileK::kBytes + Traits::kStagesQ * Traits::kConsumers * TileQ::kBytes;
+  static constexpr int kTileBytes = 2 * Traits::kStages * TileK::kBytes +
+                                    (Traits::kStagesQ + Traits::kOutInTiles) * Traits::kConsumers * TileQ::kBytes;
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
 };
 

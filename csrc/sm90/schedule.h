@@ -37,7 +37,7 @@ inline int section_size(int all, int64_t bytes_each, int64_t tiles_each) {
 }
 
 struct ForwardArguments {
-  CUtensorMap q, k, v;
+  CUtensorMap q, k, v, out;
   AttentionParams p;
   int tiles;              // of a head
   int total;              // of all heads and sequences

@@ -1,7 +1,7 @@
-// From accumulators to rows of global memory.
+// From accumulators to rows of global memory: through shared memory and the copy engine, or straight.
 #pragma once
 
-#include "sm90/ptx.h"
+#include "sm90/tile.h"
 
 namespace hfp::sm90 {
 
@@ -37,6 +37,24 @@ __device__ __forceinline__ void store_row(Element* to, bool exists, const float 
     transpose_quad(x, lane_col);
     const int col = 8 * (j + lane_col);
     if (exists && col < head_dim) *reinterpret_cast<uint4*>(to + col) = make_uint4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+// Writes an accumulator, rows g and g + 8 scaled by scale[0] and scale[1], to rows [row, row + 16) of a tile in shared
+// memory. For whole warps.
+template <class Tile, typename Element, int kN>
+__device__ __forceinline__ void store_to_tile(uint32_t tile, int row, const float (&acc)[kN][4],
+                                              const float (&scale)[2], int lane) {
+  const uint32_t to = tile + Tile::offset(row + lane % 16, lane / 16);
+#pragma unroll
+  for (int j = 0; j < kN; j += 2) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&pair)[4] = acc[j + i / 2];
+      x[i] = pack<Element>(pair[2 * (i % 2)] * scale[i % 2], pair[2 * (i % 2) + 1] * scale[i % 2]);
+    }
+    store_matrix4(Tile::step(to, j), x[0], x[1], x[2], x[3]);
   }
 }
 

@@ -36,6 +36,14 @@ struct Tile : sm80::Tile<kRows_, kCols_> {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i) tma_load(tile + i * kPanelBytes, map, bar, i * kPanel, row, head, batch);
   }
+  // From row `from` of the tile on, as many rows as the map's boxes have, to columns [col, ...).
+  __device__ __forceinline__ static void store(uint32_t tile, int from, const CUtensorMap* map, int col, int row,
+                                               int head, int batch) {
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i) {
+      tma_store(map, tile + i * kPanelBytes + from * kRowBytes, col + i * kPanel, row, head, batch);
+    }
+  }
 
  private:
   __device__ static uint64_t descriptor(uint32_t addr, uint32_t leading) {
