@@ -162,7 +162,7 @@ class Cell:
         if self.dropout:
             words.append(f"dropout {self.dropout:g}")
         if self.density:
-            words.append(f"blocks {100 * self.density:.2g}%")
+            words.append(f"blocks {100 * self.density:.3g}%")
         if self.ragged:
             words.append("packed" if self.layout == "packed" else "left-padded")
         return " ".join(words)
