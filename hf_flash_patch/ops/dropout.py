@@ -23,12 +23,11 @@ _LOW = 0xFFFFFFFF
 
 
 def new_rng_state(device: torch.device) -> torch.Tensor:
-    """Fresh int64 (2,) = (seed, 0) on `device`, from torch's generator there, without a sync.
+    """Fresh int64 (2,), seed and offset, on `device`, from torch's generator there: one kernel, no sync.
 
     torch.manual_seed, activation checkpointing and CUDA graphs therefore replay it.
     """
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-    return torch.cat((seed, torch.zeros_like(seed)))
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(dropout_p: float) -> int:
