@@ -23,9 +23,10 @@ _LOW = 0xFFFFFFFF
 
 
 def new_rng_state(device: torch.device) -> torch.Tensor:
-    """Fresh int64 (2,), seed and offset, on `device`, from torch's generator there: one kernel, no sync.
+    """Fresh int64 (2,), seed and offset, on `device`, from torch's generator there.
 
-    torch.manual_seed, activation checkpointing and CUDA graphs therefore replay it.
+    torch.manual_seed, activation checkpointing and CUDA graphs therefore replay it. One kernel, no
+    sync.
     """
     return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
 
