@@ -154,7 +154,7 @@ def hfp_attention(
 
     if varlen is not None:
         # (1, num_heads, total, head_dim) -> (total, num_heads, head_dim)
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
         return attend(partial(attention, mask=varlen, **options), q, k, v, s_aux)[None], None
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     arguments = _with_bias(mask.arguments(doc_range), bias)

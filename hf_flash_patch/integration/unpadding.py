@@ -115,7 +115,7 @@ def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return None
     hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
     padded = hidden.new_zeros(mask.batch_size * mask.seqlen_q, hidden.shape[-1])
-    padded = padded.index_copy(0, mask.place.to(hidden.device), hidden[0])
+    padded = padded.index_copy(0, mask.place.to(hidden.device), hidden.squeeze(0))
     padded = padded.view(mask.batch_size, mask.seqlen_q, -1)
     if isinstance(output, tuple):
         return (padded, *output[1:])

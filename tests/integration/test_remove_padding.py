@@ -91,6 +91,21 @@ def test_patterns_count_real_tokens_from_the_start(mask, kind, packed, layouts):
     assert all(len(shape) == (3 if packed else 4) for shape in layouts)
 
 
+def test_layers_change_shapes_as_views():
+    """What selects a row has a gradient that fills another with zeros, and copies."""
+    model = tiny_model(AutoModel, "bert")
+    with hfp.patched(model, remove_padding=True):
+        hidden = model(token_ids(), attention_mask=padding("right")).last_hidden_state
+    steps, met = [hidden.grad_fn], set()
+    while steps:
+        step = steps.pop()
+        if step is not None and step not in met:
+            met.add(step)
+            steps += [before for before, _ in step.next_functions]
+    names = {step.name() for step in met}
+    assert not names & {"SelectBackward0", "CloneBackward0"} and "IndexCopyBackward0" in names
+
+
 def test_chosen_blocks_stay_padded(layouts):
     model = tiny_model(AutoModel, "bert")
     mask, real = hfp.masks.top_k_blocks(2, block_size=32), padding("right")
