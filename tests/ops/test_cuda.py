@@ -98,6 +98,23 @@ def test_head_dims(head_dim, dtype):
         check(problem, backend="cuda")
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("rise", [2.0, 8.0, 60.0, -60.0])
+def test_logits_that_rise(rise, head_dim, dtype):
+    """By so much every 128 keys, towards the first, where kernels end; also past any exponent."""
+    for features in ((), ("causal", "gqa"), ("dropout", "holes")):
+        problem = make_problem(
+            features, seqlen_q=300, seqlen_k=700, head_dim=head_dim, dtype=dtype, device="cuda"
+        )
+        direction = torch.nn.functional.normalize(torch.randn(head_dim, device="cuda"), dim=0)
+        height = rise * (700 - torch.arange(700, device="cuda")) / 128
+        slope = direction * height[:, None, None] * head_dim**0.5 / 8
+        problem.q = (problem.q + 8 * direction).to(dtype)
+        problem.k = (problem.k + slope).to(dtype)
+        check(problem, backend="cuda")
+
+
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
 def test_nothing_to_see(seqlen_q, seqlen_k):
     problem = make_problem(seqlen_q=seqlen_q, seqlen_k=seqlen_k, dtype=BF16, device="cuda")
