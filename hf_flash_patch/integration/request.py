@@ -10,6 +10,7 @@ from ..errors import MaskError
 from ..ops.padding import pack_key_padding
 from . import packing
 from .masking import AttentionMask
+from .own_mask import lists_of
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,14 @@ class Request:
         everything = self._structured(False, None)
         if cut.is_floating_point():
             return everything, cut
-        return replace(everything, dense=cut.bool()), None
+        if self.seqlen_q > 1:
+            return replace(
+                everything, block_mask=lists_of(mask, self.seqlen_q, self.seqlen_k)
+            ), None
+        if cut.shape[1] > 1:
+            return replace(everything, dense=cut.bool()), None
+        visible = cut[:, 0, 0].bool().expand(self.batch_size, self.seqlen_k)
+        key_range, key_bits = pack_key_padding(visible)
+        return replace(
+            everything, key_padding=visible, key_range=key_range, key_bits=key_bits
+        ), None

@@ -49,6 +49,75 @@ def test_bool_mask():
     assert_same_as_eager(model, lambda: model(ids, attention_mask=mask).logits)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (1, 2)], ids=["all", "each", "groups"])
+def test_bool_mask_of_heads_and_wider_than_the_keys(shape):
+    """As sdpa has it, where that takes the shape; (1, 2) is one list for two heads each."""
+    from hf_flash_patch.integration.attention import hfp_attention
+
+    q, k, v = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    mask = _random_mask(12, 20)[:1].expand(*shape, -1, -1) & (torch.rand(*shape, 12, 20) < 0.8)
+    mask |= torch.eye(12, 20, dtype=torch.bool)
+    seen = mask[..., :12].repeat_interleave(4 // shape[1], dim=1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+    out, _ = hfp_attention(torch.nn.Linear(4, 4), q, k, v, mask)
+    assert_close(out, expected.transpose(1, 2), "out")
+
+
+def test_bool_mask_becomes_lists_once(monkeypatch):
+    """One making for all layers and later forwards, another where the mask has changed."""
+    made = []
+    from_dense = block_mask.BlockMask.from_dense
+
+    def spy(mask, *args):
+        made.append(mask)
+        return from_dense(mask, *args)
+
+    monkeypatch.setattr(block_mask.BlockMask, "from_dense", spy)
+    model = tiny_model(AutoModelForCausalLM, "llama", num_hidden_layers=3)
+    model.set_attn_implementation("sdpa")
+    ids, mask = token_ids(), _random_mask(12, 12)
+
+    def logits():
+        return model(ids, attention_mask=mask).logits
+
+    first = logits()
+    with hfp.patched(model):
+        assert_close(logits(), first, "logits")
+        assert_close(logits(), first, "logits again")
+        assert len(made) == 1
+        mask[:, :, 5:, 2] ^= True
+        second = logits()
+        assert len(made) == 2
+        with torch.inference_mode():
+            mask = _random_mask(12, 12, seed=1)
+            third = logits()
+            mask[:, :, 5:, 2] ^= True
+            fourth = logits()
+    with torch.no_grad():
+        assert_close(fourth, logits(), "a mask of inference mode, changed")
+        mask = _random_mask(12, 12, seed=1)
+        assert_close(third, logits(), "a mask of inference mode")
+        mask = _random_mask(12, 12)
+        mask[:, :, 5:, 2] ^= True
+        assert_close(second, logits(), "a mask that has changed")
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_bool_mask_of_one_query(heads):
+    """In decode: bits of keys, if all heads have the same."""
+    from hf_flash_patch.integration.attention import hfp_attention
+    from hf_flash_patch.integration.request import Request
+
+    q, k = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 12, 8)
+    mask = torch.rand(2, heads, 1, 12) < 0.5
+    mask[..., 3] = True
+    found, _ = Request(2, 1, 12, q.device).resolve(mask, False, None)
+    assert (found.key_bits is None) == (heads > 1) == (found.dense is not None)
+    out, _ = hfp_attention(torch.nn.Linear(4, 4), q, k, k, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, mask)
+    assert_close(out, expected.transpose(1, 2), "out")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
 def test_repeated_positions_under_an_own_mask_are_no_documents(dtype):
     """A tree of drafts: branches share positions, the mask says who follows whom."""
