@@ -1,35 +1,39 @@
-"""A caller's own bool mask as lists of blocks: made once, though every layer brings the mask."""
+"""What becomes of a caller's own bool mask: made once, though every layer brings the mask."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..masks.block_mask import BlockMask
+from .masking import AttentionMask
 
-# By mask, while it lives: its version and sizes, and the lists.
+# By mask, while it lives: its version and what it is for, and what was made of it.
 _made = WeakTensorKeyDictionary()
 
 
-def lists_of(mask: torch.Tensor, seqlen_q: int, seqlen_k: int) -> BlockMask:
-    """The lists of `mask`, on its device and without a sync, in an eighth of a bool mask's memory.
+def made_once(
+    mask: torch.Tensor, purpose: Hashable, make: Callable[[], AttentionMask]
+) -> AttentionMask:
+    """`make()`, or what it returned before, unless the mask has changed since.
 
     Args:
-        mask: bool or int (batch or 1, num_heads or 1, seqlen_q or 1, at least seqlen_k or 1).
-        seqlen_q, seqlen_k: of the call; a mask that is wider is cut.
+        mask: the caller's; what is made must not refer to it, which would keep it alive.
+        purpose: all else that `make` depends on.
+        make: called without arguments.
     """
-    visible = mask[..., :seqlen_k].bool().expand(-1, -1, seqlen_q, seqlen_k)
     if not _tells_changes(mask):
-        return BlockMask.from_dense(visible)
-    of = (mask._version, seqlen_q, seqlen_k)
+        return make()
+    of = (mask._version, purpose)
     known = _made.get(mask)
     if known is None or known[0] != of:
-        known = _made[mask] = (of, BlockMask.from_dense(visible))
+        known = _made[mask] = (of, make())
     return known[1]
 
 
 def _tells_changes(mask: torch.Tensor) -> bool:
-    """Whether lists may be kept: not where a graph has to hold their making, and not of inference
+    """Whether results may be kept: not where a graph has to hold their making, and not of inference
     tensors, which do not count their changes."""
     if torch.compiler.is_compiling() or mask.is_inference():
         return False

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import MaskError
+from ..masks.block_mask import BlockMask
 from ..ops.padding import pack_key_padding
 from . import packing
 from .masking import AttentionMask
-from .own_mask import lists_of
+from .own_mask import made_once
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,12 @@ class Request:
         if cut.is_floating_point():
             return everything, cut
         if self.seqlen_q > 1:
-            return replace(
-                everything, block_mask=lists_of(mask, self.seqlen_q, self.seqlen_k)
-            ), None
+
+            def lists() -> AttentionMask:
+                visible = cut.bool().expand(-1, -1, self.seqlen_q, self.seqlen_k)
+                return replace(everything, block_mask=BlockMask.from_dense(visible))
+
+            return made_once(mask, self, lists), None
         if cut.shape[1] > 1:
             return replace(everything, dense=cut.bool()), None
         visible = cut[:, 0, 0].bool().expand(self.batch_size, self.seqlen_k)

@@ -88,6 +88,11 @@ def test_bool_mask_becomes_lists_once(monkeypatch):
         mask[:, :, 5:, 2] ^= True
         second = logits()
         assert len(made) == 2
+    with hfp.patched(model, mask=masks.sliding_window(5)):
+        logits()
+        logits()
+        assert len(made) == 3  # under the pattern, once for all layers
+    with hfp.patched(model):
         with torch.inference_mode():
             mask = _random_mask(12, 12, seed=1)
             third = logits()
