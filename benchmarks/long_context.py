@@ -307,7 +307,7 @@ def main(arguments: Arguments) -> list[Row]:
     for technique in arguments.techniques:
         with ExitStack() as undo:
             apply(model, technique, arguments, undo)
-            expected = 0.0  # seconds of a step: quadratic, from the row before
+            expected = 0.0  # seconds of a step: quadratic or, masked, linear from the row before
             for index, length in enumerate(sorted(arguments.lengths)):
                 left = _agreed(arguments.budget - (time.monotonic() - start))
                 # A step that takes minutes needs no warm-up, and no second one fits.
@@ -324,7 +324,8 @@ def main(arguments: Arguments) -> list[Row]:
                     break
                 following = sorted(arguments.lengths)[index + 1 : index + 2]
                 expected = _agreed(row.seconds or 0.0)
-                expected *= (following[0] / length) ** 2 if following else 0.0
+                growth = 1 if technique == "mask" else 2
+                expected *= (following[0] / length) ** growth if following else 0.0
     if arguments.figure is not None and first:
         save_figure(rows, Path(arguments.figure))
     return rows

@@ -169,11 +169,11 @@ def test_an_error_while_applying_leaves_the_model_unchanged(llama, monkeypatch):
 def test_an_error_of_transformers_leaves_the_model_unchanged(llama, monkeypatch):
     before = _state(llama)
 
-    def fail(name):
-        llama.config._attn_implementation = name
+    def fail(self, name):
+        self.config._attn_implementation = name
         raise ValueError("not today")
 
-    monkeypatch.setattr(llama, "set_attn_implementation", fail)
+    monkeypatch.setattr(type(llama), "set_attn_implementation", fail)
     with pytest.raises(ValueError, match="not today"):
         hfp.patch(llama)
     monkeypatch.undo()

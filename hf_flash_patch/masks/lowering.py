@@ -7,7 +7,6 @@ have equal elements, so one of each kind is looked at, element by element.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 
@@ -45,20 +44,6 @@ def lower(pattern: Pattern, grid: Grid, num_heads: int, device: torch.device) ->
     else:
         _cache.move_to_end(key)
     return mask
-
-
-@torch.compiler.assume_constant_result
-def lowered_parts(pattern: Pattern, numbers: Sequence[int], device: torch.device) -> tuple:
-    """The fields of `lower`'s mask, for torch.compile, which makes them constants of a graph.
-
-    Args:
-        pattern, device: as in `lower`.
-        numbers: the fields of the grid, then the heads.
-    """
-    *grid, num_heads = numbers
-    mask = lower(pattern, Grid(*grid), num_heads, device)
-    sizes = (mask.seqlen_q, mask.seqlen_k, mask.block_size, mask.batch_size, mask.num_heads)
-    return (*sizes, *mask.tensors(), mask.host)
 
 
 def _lower(pattern: Pattern, grid: Grid, heads: int, num_heads: int) -> BlockMask:

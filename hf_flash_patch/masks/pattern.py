@@ -9,6 +9,7 @@ Legend: q, k int64 tensors of positions, of shapes that broadcast.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ class Pattern:
                 no multiple of 32.
         """
         from .block_mask import BlockMask
-        from .lowering import lower, lowered_parts
+        from .lowering import lower
 
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         q_start = seqlen_k - seqlen_q + k_start if q_start is None else q_start
@@ -155,8 +156,26 @@ class Pattern:
         if torch.compiler.is_compiling():
             # Written out, a symbolic length becomes a constant, and a guard of the graph.
             numbers = [int(f"{number}") for number in numbers]
-            return BlockMask(*lowered_parts(self, numbers, torch.device(device)))
+            # Reading its id makes this very pattern a guard of the graph, which has its lists.
+            return BlockMask(*self._parts(id(self), numbers, torch.device(device)))
         return lower(self, Grid(*numbers[:5]), heads, torch.device(device))
+
+    # A method, because a function could not be given a pattern before torch 2.13.
+    @torch.compiler.assume_constant_result
+    def _parts(self, identity: int, numbers: Sequence[int], device: torch.device) -> tuple:
+        """The fields of `lower`'s mask, for torch.compile, which makes them constants of a graph.
+
+        Args:
+            identity: the pattern's.
+            numbers: the fields of the grid, then the heads.
+            device: as in `lower`.
+        """
+        from .lowering import lower
+
+        *grid, num_heads = numbers
+        mask = lower(self, Grid(*grid), num_heads, device)
+        sizes = (mask.seqlen_q, mask.seqlen_k, mask.block_size, mask.batch_size, mask.num_heads)
+        return (*sizes, *mask.tensors(), mask.host)
 
     def density(self, seqlen_q: int, seqlen_k: int | None = None) -> float:
         """Part of all pairs that see each other, 0 to 1, over batches and heads."""

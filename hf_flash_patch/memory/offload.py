@@ -83,7 +83,7 @@ class _Offload:
             return checkpoint(function, *args, use_reentrant=False)
 
     def _pack(self, tensor: Tensor) -> _Stored | Tensor:
-        if not tensor.is_floating_point() or tensor.nbytes < self._min_bytes:
+        if not tensor.is_floating_point() or tensor.nbytes < max(self._min_bytes, 1):
             return tensor
         if self._max_host_bytes is not None:
             held = sum(stored.host_bytes for stored in self._stored)

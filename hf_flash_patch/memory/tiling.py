@@ -32,7 +32,7 @@ def tiled(function: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor, til
         # Before the work: a checkpoint's recomputation ends where all that it saved is there again,
         # so that it leaves the work of a layer's last module out.
         kept = _Keep.apply(torch.empty(0, requires_grad=True), rows)
-        out = _Tiled.apply(function, owner, tile, kept.grad_fn, rows, *parameters)
+        out = _Tiled.apply(function, owner, tile, [kept], rows, *parameters)  # no input of it
     else:
         out = _forward(function, rows, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -50,7 +50,10 @@ def _forward(function: Callable[[Tensor], Tensor], rows: Tensor, tile: int) -> T
 
 
 class _Keep(torch.autograd.Function):
-    """Saves a tensor; whoever holds on to its node may ask for it."""
+    """Saves a tensor; who holds on to the result may ask its node for it.
+
+    Its node alone would not do: before torch 2.13 that frees what it saved with the result.
+    """
 
     @staticmethod
     def forward(ctx, nothing, x):  # type: ignore[override]
@@ -80,7 +83,8 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, grad_output):  # type: ignore[override]
         if ctx.kept is None:
             raise RuntimeError("tile_layers: the backward has been run; it can run once.")
-        (x,), ctx.kept = ctx.kept.saved_tensors, None
+        [kept], ctx.kept = ctx.kept, None
+        (x,) = kept.grad_fn.saved_tensors
         wanted = ctx.needs_input_grad[4]
         grad_x = torch.empty_like(x) if wanted else None
         sums: list[Tensor | None] = [None] * len(ctx.parameters)

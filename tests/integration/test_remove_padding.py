@@ -397,8 +397,14 @@ def test_compiled_whole_where_nothing_is_padded(compiler):
     with hfp.patched(model, remove_padding=True):
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_close(compiled(token_ids()).last_hidden_state, expected, "compiled")
-        with pytest.raises(Exception, match="reads on the host how many tokens"):
-            compiled(token_ids(), attention_mask=padding("left"))
+        real = padding("left")
+        try:
+            found = compiled(token_ids(), attention_mask=real).last_hidden_state
+        except torch._dynamo.exc.Unsupported as error:
+            assert "reads on the host how many tokens" in str(error)
+        else:  # before torch 2.13 a whole graph counts as exported: the padding stays
+            expected = model(token_ids(), attention_mask=real).last_hidden_state
+            assert_close(found[real == 1], expected[real == 1], "compiled")
 
 
 def test_exported_padded():

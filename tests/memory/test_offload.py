@@ -47,6 +47,8 @@ def test_a_layer_keeps_only_its_input():
         original = run._pack
         run._pack = lambda tensor: packed.append(original(tensor)) or packed[-1]
         loss = model(**batch()).loss
+        # Before torch 2.13 an empty tensor comes along.
+        packed = [x for x in packed if not isinstance(x, torch.Tensor) or x.numel() > 0]
         assert [type(x).__name__ for x in packed] == ["_Stored"] * 4
         assert [x.before is not None and x.before() is not None for x in packed] == [0, 1, 1, 1]
         loss.backward()
