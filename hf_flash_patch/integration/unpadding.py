@@ -95,7 +95,7 @@ def _pack(
         return None
     if len(args) > len(_FIRST) or not _says_padding_only(mask, hidden) or wanted("hidden_states"):
         return None
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and is_tracing(hidden)):
+    if _exporting() or (not torch.compiler.is_compiling() and is_tracing(hidden)):
         return None
     packed = _without_padding(mask, encoder, given.get("position_ids"))
     if packed is None or packed.place is None:
@@ -121,6 +121,12 @@ def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
         return (padded, *output[1:])
     output.last_hidden_state = padded
     return output
+
+
+def _exporting() -> bool:
+    # What torch.compiler.is_exporting() returns; asked itself, it says yes to torch.compile too, in
+    # torch 2.11 at least.
+    return bool(torch.compiler._is_exporting_flag)
 
 
 @torch.compiler.disable(
