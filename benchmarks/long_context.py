@@ -89,7 +89,8 @@ class Arguments:
     )
     backend: str = field(default="auto", metadata={"help": "of attention: auto, cuda, torch, ..."})
     host_gib: float | None = field(
-        default=None, metadata={"help": "for offloading; by default 70%% of the machine's"}
+        default=None,
+        metadata={"help": "a process's, for offloading; by default, of all 70%% of the machine's"},
     )
     steps: int = field(default=2, metadata={"help": "of a row; the last one counts"})
     budget: float = field(
@@ -155,6 +156,7 @@ def apply(model: torch.nn.Module, technique: str, arguments: Arguments, undo: Ex
         gib = arguments.host_gib
         if gib is None:
             gib = 0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+            gib /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         undo.enter_context(hfp.memory.offload_checkpoints(model, max_host_bytes=int(gib * 2**30)))
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_flash_patch.testing.sources import size_of
 
-from .loop import save
+from .loop import alone, save
 from .text import Distinct, byte_pairs, encode, own_files, read
 
 LARGEST_TEST_SHARE = 0.05  # of all text, of one package held out: most text is to learn from
@@ -59,33 +59,40 @@ def corpus(folder: Path, most: int, vocab_size: int, documents: int, length: int
         length: tokens of each, which are predicted; one more starts it.
     """
     cache = folder / "corpus.pt"
-    if not cache.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        files = own_files()
-        sizes = {name: min(most, sum(map(size_of, found))) for name, found in files.items()}
-        test_names = held_out(sizes, least=8 * length)
-        train_names = [name for name in sorted(sizes) if name not in test_names]
-        distinct = Distinct()
-        train_texts, test_texts = (  # in this order: of copies, that to learn from is kept
-            [_joined(files[name], most, distinct) for name in names]
-            for names in (train_names, test_names)
-        )
-        tokenizer = byte_pairs((text[:TOKENIZER_TEXT] for text in train_texts), vocab_size)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        streams = dict(zip(test_names, encode(tokenizer, test_texts), strict=True))
-        test, sources = _documents(streams, documents, length + 1)
-        written = sum(len(text.encode()) for text in test_texts)
-        save(
-            cache,
-            {
-                "train": encode(tokenizer, train_texts),
-                "test": test,
-                "sources": sources,
-                "bytes_per_token": written / sum(map(len, streams.values())),
-            },
-        )
+    with alone(folder):
+        if not cache.exists():
+            _make(folder, cache, most, vocab_size, documents, length)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Corpus(tokenizer.get_vocab_size(), **torch.load(cache))
+
+
+def _make(
+    folder: Path, cache: Path, most: int, vocab_size: int, documents: int, length: int
+) -> None:
+    """As `corpus`; leaves the tokenizer in `folder` and the rest in `cache`."""
+    files = own_files()
+    sizes = {name: min(most, sum(map(size_of, found))) for name, found in files.items()}
+    test_names = held_out(sizes, least=8 * length)
+    train_names = [name for name in sorted(sizes) if name not in test_names]
+    distinct = Distinct()
+    train_texts, test_texts = (  # in this order: of copies, that to learn from is kept
+        [_joined(files[name], most, distinct) for name in names]
+        for names in (train_names, test_names)
+    )
+    tokenizer = byte_pairs((text[:TOKENIZER_TEXT] for text in train_texts), vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    streams = dict(zip(test_names, encode(tokenizer, test_texts), strict=True))
+    test, sources = _documents(streams, documents, length + 1)
+    written = sum(len(text.encode()) for text in test_texts)
+    save(
+        cache,
+        {
+            "train": encode(tokenizer, train_texts),
+            "test": test,
+            "sources": sources,
+            "bytes_per_token": written / sum(map(len, streams.values())),
+        },
+    )
 
 
 def held_out(sizes: dict[str, int], least: int) -> list[str]:

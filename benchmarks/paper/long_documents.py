@@ -40,7 +40,7 @@ import hf_flash_patch as hfp
 
 from . import long_documents_report as report
 from .fit import Recipe, Spent, fit
-from .loop import Clock, OutOfTime, adamw, precision, save
+from .loop import Clock, OutOfTime, adamw, alone, precision, save
 from .masked_sources import documents
 from .text import PAD, START, byte_pairs, encode
 
@@ -184,27 +184,32 @@ class Documents:
 
 def read_documents(folder: Path, preset: Preset) -> Documents:
     """Masks and encodes documents, or reads what an earlier call left in `folder`."""
-    cache, longest = folder / "documents.pt", max(preset.lengths)
-    if not cache.exists():
-        found = documents(
-            preset.classes, preset.smallest, LARGEST * longest, preset.most, TEST_SHARE
-        )
-        to_learn = [document.text for document in found if not document.test]
-        tokenizer = byte_pairs(to_learn, preset.vocab_size)
-        start = torch.tensor([START], dtype=torch.int32)
-        tokens = encode(tokenizer, [document.text for document in found])
-        names = list(dict.fromkeys(document.package for document in found))
-        parts: dict[str, list] = {"names": names}
-        for part, test in (("train", False), ("test", True)):
-            kept = [
-                (torch.cat([start, ids])[:longest], names.index(document.package))
-                for document, ids in zip(found, tokens, strict=True)
-                if document.test == test and len(ids) >= preset.shortest
-            ]
-            parts[part] = [ids for ids, _ in kept]
-            parts[f"{part}_labels"] = torch.tensor([label for _, label in kept])
-        save(cache, parts)
+    cache = folder / "documents.pt"
+    with alone(folder):
+        if not cache.exists():
+            _make(cache, preset)
     return Documents(**torch.load(cache))
+
+
+def _make(cache: Path, preset: Preset) -> None:
+    """As `read_documents`; leaves them in `cache`."""
+    longest = max(preset.lengths)
+    found = documents(preset.classes, preset.smallest, LARGEST * longest, preset.most, TEST_SHARE)
+    to_learn = [document.text for document in found if not document.test]
+    tokenizer = byte_pairs(to_learn, preset.vocab_size)
+    start = torch.tensor([START], dtype=torch.int32)
+    tokens = encode(tokenizer, [document.text for document in found])
+    names = list(dict.fromkeys(document.package for document in found))
+    parts: dict[str, list] = {"names": names}
+    for part, test in (("train", False), ("test", True)):
+        kept = [
+            (torch.cat([start, ids])[:longest], names.index(document.package))
+            for document, ids in zip(found, tokens, strict=True)
+            if document.test == test and len(ids) >= preset.shortest
+        ]
+        parts[part] = [ids for ids, _ in kept]
+        parts[f"{part}_labels"] = torch.tensor([label for _, label in kept])
+    save(cache, parts)
 
 
 class Study:

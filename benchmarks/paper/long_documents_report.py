@@ -93,6 +93,7 @@ def pooled(study: Study) -> dict[int, dict[int, Tensor]]:
 
 def conclude(study: Study) -> str:
     """Draws, writes and returns what the rows say so far."""
+    study.log.refresh()
     found = pooled(study)
     if not found:
         return "Nothing is measured yet."

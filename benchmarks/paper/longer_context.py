@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper.longer_context                 # one H200, some 8 minutes a run
     python -m benchmarks.paper.longer_context --runs 1024 1024-to-4096 speed --budget 500
+    CUDA_VISIBLE_DEVICES=1 python -m benchmarks.paper.longer_context --runs 4096   # beside another
     python -m benchmarks.paper.longer_context --preset tiny   # a minute, on a CPU
 
 Text: the sources of the installed Python packages without near-copies of files, whole packages held
@@ -19,7 +20,9 @@ of its own length side by side: all models predict the same tokens, every one on
 at the start of each window. Perplexity is told over all, by the position in the document (the same
 tokens for every model) and by the position in the window (the context that was there).
 
-Stops after --budget seconds with exit status 3, everything saved; the same command goes on.
+Stops after --budget seconds with exit status 3, everything saved; the same command goes on. What
+is in the CSV is not done again, whether the model is still there or not. Several commands with
+different --runs may share folder and CSV, each on a GPU of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from .loop import Clock, OutOfTime, adamw, precision, wait
 
 LOSS_CHUNK = 4096  # tokens whose logits are there at a time: 0.8 GB of them in fp32
 UNTIMED = 3  # steps before those that are timed
+_GIVEN = ("tokens", "batch", "micro", "learning_rate", "mask")  # instead of the preset's
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,7 @@ class Arguments:
         default_factory=list, metadata={"help": "as above; by default all, in the order above"}
     )
     tokens: int | None = field(default=None, metadata={"help": "instead of the preset's"})
+    batch: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     micro: int | None = field(default=None, metadata={"help": "instead of the preset's"})
     learning_rate: float | None = field(default=None, metadata={"help": "instead of the preset's"})
     mask: str | None = field(default=None, metadata={"help": "instead of the preset's"})
@@ -178,14 +183,18 @@ class Study:
 
     def __init__(self, arguments: Arguments):
         self.arguments, self.clock = arguments, Clock(arguments.budget)
-        given = {name: getattr(arguments, name) for name in ("tokens", "micro", "mask")}
-        given["learning_rate"] = arguments.learning_rate
+        given = {name: getattr(arguments, name) for name in _GIVEN}
         changes = {name: value for name, value in given.items() if value is not None}
         self.preset = replace(PRESETS[arguments.preset], **changes)
         self.device = torch.device(arguments.device)
         self.folder = Path(arguments.folder) / arguments.preset
         self.runs = runs_of(self.preset)
         p = self.preset
+        if p.batch % p.sparse:
+            raise SystemExit(f"--batch {p.batch} is no multiple of {p.sparse}, a block's tokens")
+        # Models of other conditions are others.
+        conditions = (p.tokens, p.batch, p.learning_rate, arguments.seed)
+        self.models = self.folder / "-".join(map(str, conditions))
         self.text: Corpus = corpus(
             self.folder, p.most, p.vocab_size, documents=p.documents, length=p.sparse
         )
@@ -200,23 +209,25 @@ class Study:
         if name == "speed":
             self._speed()
             return
-        run, folder = self.runs[name], self.folder / name
+        if self.log.has(run=name, metric="perplexity"):
+            return
+        run, folder = self.runs[name], self.models / name
         if run.start is not None:
-            base = self.folder / run.start
+            self.run(run.start)
+            base = self.models / run.start
             if not base.exists():
-                self.run(run.start)
+                self._train(self.runs[run.start], base)
             if not self.log.has(run=f"{name}, not tuned", metric="perplexity"):
                 self._measure(f"{name}, not tuned", self._patched(self._load(run)), run.length)
         if not folder.exists():
             self._train(run, folder)
-        if not self.log.has(run=name, metric="perplexity"):
-            model = AutoModelForCausalLM.from_pretrained(folder).to(self.device)
-            self._measure(name, self._patched(model), run.length)
+        model = AutoModelForCausalLM.from_pretrained(folder).to(self.device)
+        self._measure(name, self._patched(model), run.length)
 
     def _load(self, run: Run) -> PreTrainedModel:
         """The model that a run starts with, on the device."""
         if run.start is not None:
-            model = AutoModelForCausalLM.from_pretrained(self.folder / run.start)
+            model = AutoModelForCausalLM.from_pretrained(self.models / run.start)
             hfp.extend_context(model, run.length, positions="tile")
             return model.to(self.device)
         torch.manual_seed(self.arguments.seed)
@@ -257,6 +268,8 @@ class Study:
     def _record_training(self, run: Run, steps: int, spent: Spent) -> None:
         p = self.preset
         row = {"run": run.name, "length": run.length, "attention": "hfp"}
+        if self.log.has(**row, metric="tokens"):  # of an earlier machine, whose model is gone
+            return
         self.log.add(**row, metric="tokens", value=steps * p.batch)
         self.log.add(**row, metric="tokens/s", value=spent.per_second(p.batch))
         self.log.add(**row, metric="GiB", value=spent.gib)

@@ -31,6 +31,10 @@ class Log:
     def __init__(self, path: Path, conditions: dict[str, Any]):
         self._records, self._conditions = Records(path), conditions
 
+    def refresh(self) -> None:
+        """Reads what other processes added."""
+        self._records.refresh()
+
     def has(self, **cells: Any) -> bool:
         """Whether a row has these cells."""
         return self._records.has(**self._conditions, **cells)
@@ -59,6 +63,7 @@ def open_log(study: Study) -> Log:
     conditions = {
         "preset": arguments.preset,
         "tokens": p.tokens,
+        "batch": p.batch,
         "learning_rate": p.learning_rate,
         "seed": arguments.seed,
     }
@@ -104,6 +109,7 @@ def record_losses(log: Log, run: str, length: int, losses: Tensor, shortest: int
 
 def conclude(study: Study) -> str:
     """Draws, writes and returns what the rows say so far."""
+    study.log.refresh()
     said = "\n".join(_claims(study))
     figure = _path(study, ".png")
     figure.parent.mkdir(parents=True, exist_ok=True)

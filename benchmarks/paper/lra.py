@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,14 @@ def density(task: Task, contestant: str) -> float:
 def batch_of(split: Split, recipe: Recipe, step: int, seed: int) -> np.ndarray:
     """Which examples a step sees: every epoch is a new order of all of them."""
     steps = max(1, len(split.labels) // recipe.batch)
-    order = np.random.default_rng((seed, step // steps)).permutation(len(split.labels))
+    order = _order(len(split.labels), seed, step // steps)
     first = step % steps * recipe.batch
     return order[first : first + recipe.batch]
+
+
+@lru_cache(maxsize=2)  # a step takes no longer than its attention lets it
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class Run:
@@ -295,6 +301,7 @@ def main(arguments: Arguments) -> int:
             _task(name, arguments, records, clock)
     except OutOfTime:
         status = 3
+    records.refresh()
     lra_report.report(records.rows, output)
     if status:
         print("Time is over; run the same command again to go on.")
@@ -307,7 +314,8 @@ def _task(name: str, arguments: Arguments, records: Records, clock: Clock) -> No
     if arguments.tiny:
         task = replace(task, length=TINY[name], train=64, test=32)
         recipe = replace(recipe, steps=12, batch=8, warmup=2)
-    recipe = replace(recipe, steps=max(1, recipe.steps // arguments.shrink))
+    steps, warmup = (max(1, n // arguments.shrink) for n in (recipe.steps, recipe.warmup))
+    recipe = replace(recipe, steps=steps, warmup=warmup)
     keys = {
         contestant: {
             "task": name,

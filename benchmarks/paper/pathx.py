@@ -297,6 +297,7 @@ def main(arguments: Arguments) -> int:
         Journey(arguments, records, clock).run()
     except OutOfTime:
         status = 3
+    records.refresh()
     pathx_report.report(records.rows, output)
     if status:
         print("Time is over; run the same command again to go on.")

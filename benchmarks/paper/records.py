@@ -12,11 +12,15 @@ import torch
 
 import hf_flash_patch as hfp
 
+from .loop import alone
+
 _PLACE = Path(__file__).resolve().parent
 
 
 class Records:
     """Rows of one file, written as they come; every row says where it was measured.
+
+    Several processes may add to one file, each on a GPU of its own, say.
 
     Args:
         path: the file; rows that it has are kept. A row that a kill cut short is dropped.
@@ -29,6 +33,10 @@ class Records:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows: list[dict[str, str]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what other processes added."""
         if self.path.exists():
             with self.path.open(newline="") as file:
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
@@ -54,21 +62,22 @@ class Records:
         """Rows that belong together, as `add`: all are on the disk, or none of them is."""
         place = provenance()
         found = [{name: _text(value) for name, value in (r | place).items()} for r in rows]
-        for texts in found:
-            columns = list((self.rows or found)[0])
-            if columns != list(texts):
-                raise ValueError(
-                    f"{self.path} has columns {columns}, this row has {list(texts)}; give another "
-                    "file."
-                )
-        self.rows += found
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        partial.replace(self.path)
+        with alone(self.path.parent):
+            self.refresh()
+            for texts in found:
+                columns = list((self.rows or found)[0])
+                if columns != list(texts):
+                    raise ValueError(
+                        f"{self.path} has columns {columns}, this row has {list(texts)}; give "
+                        "another file."
+                    )
+            self.rows += found
+            partial = self.path.with_suffix(".partial")
+            with partial.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(self.rows[0]))
+                writer.writeheader()
+                writer.writerows(self.rows)
+            partial.replace(self.path)
 
 
 def provenance() -> dict[str, str]:

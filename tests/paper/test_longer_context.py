@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import hf_flash_patch as hfp
 from benchmarks.paper import longer_context
 from benchmarks.paper.corpus import Blocks, corpus, held_out
-from benchmarks.paper.loop import Clock
+from benchmarks.paper.loop import Clock, OutOfTime
 from benchmarks.paper.text import Distinct
 
 from .packages import few_objects, install
@@ -42,6 +42,11 @@ def run(folder, **settings):
     return longer_context.main(arguments)
 
 
+def models(folder):
+    (found,) = (path for path in (folder / "tiny").iterdir() if path.is_dir())
+    return found
+
+
 def rows(folder):
     with open(folder / "longer-context-tiny.csv") as file:
         return list(csv.DictReader(file))
@@ -54,9 +59,9 @@ def test_stopping_changes_nothing(outputs):
         {tuple(row.values()) for row in rows(folder) if row["metric"] not in ("tokens/s", "GiB")}
         for folder in (whole, pieces)
     ]
-    assert {row[4] for row in measured[1]} == {"32", "32-to-64, not tuned", "32-to-64"}
+    assert {row[5] for row in measured[1]} == {"32", "32-to-64, not tuned", "32-to-64"}
     assert measured[1] <= measured[0]
-    assert not list((pieces / "tiny").glob("*.state"))
+    assert not list(models(pieces).glob("*.state"))
 
 
 def test_every_run_is_there(outputs, capsys):
@@ -78,12 +83,36 @@ def test_a_finished_study_does_nothing(outputs, monkeypatch, capsys):
     assert rows(folder) == before
 
 
+def test_what_another_machine_measured_is_not_done_again(outputs, monkeypatch, tmp_path):
+    for name in ("longer-context-tiny.csv", "tiny/corpus.pt", "tiny/tokenizer.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((outputs[0] / name).read_bytes())
+    monkeypatch.setattr(longer_context, "fit", None)
+    assert run(tmp_path) == 0
+    assert rows(tmp_path) == rows(outputs[0])
+    assert "paired over documents" in (tmp_path / "longer-context-tiny.md").read_text()
+
+
+def test_other_conditions_are_other_models(outputs, monkeypatch, tmp_path):
+    asked = []
+
+    def fit(model, optimizer, recipe, *others):
+        asked.append(recipe.steps)
+        raise OutOfTime
+
+    monkeypatch.setattr(longer_context, "fit", fit)
+    assert run(outputs[0], runs=["32"], batch=512) == 3
+    assert asked == [12]
+    with pytest.raises(SystemExit, match="no multiple of 128"):
+        run(outputs[0], batch=1000)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name, length", [("32", 32), ("128-sparse", 128), ("32-to-64", 64)])
 def test_perplexity_is_what_transformers_says(outputs, name, length):
     folder, _, _ = outputs
     text = torch.load(folder / "tiny" / "corpus.pt")["test"].long()
-    model = AutoModelForCausalLM.from_pretrained(folder / "tiny" / name).eval()
+    model = AutoModelForCausalLM.from_pretrained(models(folder) / name).eval()
     if name == "128-sparse":
         assert model.config.hfp["mask"]
         hfp.patch(model)

@@ -1,7 +1,11 @@
 """benchmarks/paper/records.py: what is done is known after a kill."""
 
+import threading
+import time
+
 import pytest
 
+from benchmarks.paper.loop import alone
 from benchmarks.paper.records import Records
 
 
@@ -39,3 +43,30 @@ def test_rows_that_belong_together(tmp_path):
     with pytest.raises(ValueError, match="give another file"):
         Records(path).extend([{"step": 3, "loss": 1.0}, {"loss": 1.0}])
     assert len(Records(path).rows) == 2
+
+
+def test_two_processes_share_a_file(tmp_path):
+    one, other = Records(tmp_path / "file.csv"), Records(tmp_path / "file.csv")
+    one.add({"run": "a"})
+    other.add({"run": "b"})
+    assert [row["run"] for row in Records(one.path).rows] == ["a", "b"]
+    assert not one.has(run="b") and other.has(run="a")
+    one.refresh()
+    assert one.has(run="b")
+
+
+def test_one_process_at_a_time(tmp_path):
+    order = []
+
+    def enter(number):  # a lock is its opener's, threads do
+        with alone(tmp_path / "new"):
+            order.append(number)
+            time.sleep(0.1)
+            order.append(number)
+
+    threads = [threading.Thread(target=enter, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order in ([0, 0, 1, 1], [1, 1, 0, 0])
