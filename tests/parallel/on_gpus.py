@@ -106,6 +106,8 @@ def main():
                     result = wrong or "as one process"
                     print(f"rank {dist.get_rank()}: {case} by {method}: {result}", flush=True)
         dist.all_reduce(failed)
+        if dist.get_rank() == 0:
+            print(f"{dist.get_world_size()} processes: {int(failed)} wrong", flush=True)
     dist.destroy_process_group()
     return int(failed.item() > 0)
 
