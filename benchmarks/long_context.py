@@ -14,6 +14,8 @@ backward, AdamW. Techniques add up in this order:
     tile     hfp.memory.tile_layers
     mask     a sparse mask
 
+--keep_attention: the checkpoints of all of them keep attention's results.
+
 Several processes share the sequence (hfp.parallel.sequence_parallel) and have the model each.
 
 First all techniques but the mask have to give one loss. A row is then a length and a technique:
@@ -88,6 +90,9 @@ class Arguments:
         default="auto", metadata={"help": "how processes share: auto, ring, ulysses, both"}
     )
     backend: str = field(default="auto", metadata={"help": "of attention: auto, cuda, torch, ..."})
+    keep_attention: bool = field(
+        default=False, metadata={"help": "checkpoints keep attention's results"}
+    )
     host_gib: float | None = field(
         default=None,
         metadata={"help": "a process's, for offloading; by default, of all 70%% of the machine's"},
@@ -157,10 +162,18 @@ def apply(model: torch.nn.Module, technique: str, arguments: Arguments, undo: Ex
         if gib is None:
             gib = 0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
             gib /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        undo.enter_context(hfp.memory.offload_checkpoints(model, max_host_bytes=int(gib * 2**30)))
+        undo.enter_context(
+            hfp.memory.offload_checkpoints(
+                model,
+                keep_attention=arguments.keep_attention,
+                max_host_bytes=int(gib * 2**30),
+            )
+        )
     else:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         undo.callback(model.gradient_checkpointing_disable)
+        if arguments.keep_attention:
+            undo.enter_context(hfp.memory.keep_attention(model))
     if level >= TECHNIQUES.index("tile"):
         undo.enter_context(hfp.memory.tile_layers(model))
     if dist.is_initialized():
@@ -303,7 +316,8 @@ def main(arguments: Arguments) -> list[Row]:
     if first:
         billions = sum(p.numel() for p in model.parameters()) / 1e9
         print(f"{processes} x {name}, torch {torch.__version__}, hf_flash_patch {hfp.__version__}")
-        print(f"{arguments.shape}: {billions:.2f} G parameters, {arguments.tune}")
+        keeping = ", attention's results kept" if arguments.keep_attention else ""
+        print(f"{arguments.shape}: {billions:.2f} G parameters, {arguments.tune}{keeping}")
     check(model, arguments)
     rows: list[Row] = []
     for technique in arguments.techniques:

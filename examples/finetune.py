@@ -23,7 +23,6 @@ from finetuning import data, model, options, records
 from torch.utils.data import Subset
 from transformers import AutoTokenizer, Trainer, set_seed
 
-from hf_flash_patch.memory import TECHNIQUES
 from hf_flash_patch.parallel import share_in_trainer
 
 
@@ -61,7 +60,7 @@ def main(arguments: list[str]) -> Trainer:
         for n in lengths
     }
     network = model.with_lora(network, of_model)
-    techniques = [TECHNIQUES[name](network) for name in of_model.memory]
+    techniques = model.with_memory(network, of_model)
     if training.process_index == 0:
         print(*([] if patch is None else [patch]), *techniques, sep="\n")
     rows = data.Rows(data.tokens(tokenizer, train), length, of_data.packing)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "masks": {"errors"},
     "ops": {"errors", "masks"},
     "integration": {"errors", "families", "masks", "ops"},
-    "memory": {"errors", "integration"},
+    "memory": {"errors", "integration", "ops"},
     "parallel": {"errors", "families", "integration", "masks", "ops"},
     "patch": {"context", "errors", "families", "integration", "masks", "ops", "report"},
     "testing": {"errors", "ops"},

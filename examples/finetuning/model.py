@@ -100,6 +100,17 @@ def with_lora(model: PreTrainedModel, options: ModelOptions) -> PreTrainedModel 
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def with_memory(model: nn.Module, options: ModelOptions) -> list[hfp.memory.Technique]:
+    """Applies the memory techniques of the options, and tells which."""
+    settings: dict[str, dict] = {name: {} for name in options.memory}
+    if "offload" in settings:
+        settings["offload"] = {"keep_attention": options.keep_attention}
+    found = [hfp.memory.TECHNIQUES[name](model, **more) for name, more in settings.items()]
+    if options.keep_attention and "offload" not in settings:
+        found.append(hfp.memory.keep_attention(model))
+    return found
+
+
 def attention_layers(model: PreTrainedModel) -> list[str]:
     """The linear layers in the model's attention: projections of q, k, v and the output."""
     kinds = ("Linear", "Conv1D")

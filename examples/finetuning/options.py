@@ -57,6 +57,13 @@ class ModelOptions:
             "choices": list(TECHNIQUES),
         },
     )
+    keep_attention: bool = field(
+        default=False,
+        metadata={
+            "help": "checkpoints (--memory offload, or --gradient_checkpointing) keep attention's "
+            "results, which are then not computed again: less time, twice their memory"
+        },
+    )
     share: str = field(
         default="auto",
         metadata={
@@ -151,6 +158,12 @@ def read(arguments: list[str]) -> Options:
         raise SystemExit("Give --model, or --scratch for random weights: one of the two.")
     if "offload" in options[0].memory and options[2].gradient_checkpointing:
         raise SystemExit("--gradient_checkpointing would replace --memory offload; give one.")
+    checkpoints = "offload" in options[0].memory or options[2].gradient_checkpointing
+    if options[0].keep_attention and not (checkpoints and options[0].patch):
+        raise SystemExit(
+            "--keep_attention is for checkpoints of a patched model: give --memory offload or "
+            "--gradient_checkpointing, and not --no_patch."
+        )
     return options
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ParallelError, UnsupportedKernelError, UnsupportedModelError
 from ..ops.arguments import MaskArguments
 from ..ops.functional import attention
+from ..ops.keeper import current
 from .dtypes import to_compute_dtype
 from .masking import AttentionMask
 from .outputs import wanted
@@ -144,6 +145,11 @@ def hfp_attention(
 
     options |= {"causal": mask.causal, "window_size": mask.window_size}
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        if current() is not None:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} has a learned position bias, with which PyTorch's "
+                "attention computes; its results cannot be kept. Leave keep_attention out."
+            )
         if s_aux is not None:
             raise UnsupportedModelError(
                 f"{type(module).__name__} has a learned position bias and sinks; not both."

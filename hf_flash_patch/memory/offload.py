@@ -16,13 +16,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UnsupportedModelError
+from .keep import Kept, OnDevice, Stored, kept_modules
 from .technique import Technique, changing
 
 _FLAGS = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 def offload_checkpoints(
-    model: nn.Module, *, min_bytes: int = 1 << 20, max_host_bytes: int | None = None
+    model: nn.Module,
+    *,
+    keep_attention: bool = False,
+    min_bytes: int = 1 << 20,
+    max_host_bytes: int | None = None,
 ) -> Technique:
     """Checkpoint every layer, and keep what is stored of it, its input, in pinned host memory.
 
@@ -33,26 +38,35 @@ def offload_checkpoints(
     Args:
         model: a model of transformers with gradient checkpointing, a PeftModel, or a module around
             one. Leave `gradient_checkpointing` of the Trainer off: it would replace this.
+        keep_attention: store attention's out and lse, too, so that they are not computed again:
+            about twice the host memory, and two more of such tensors on the device. The model has
+            to be patched before. What is kept: see `hf_flash_patch.memory.keep_attention`, which
+            does the same on the device.
         min_bytes: smaller tensors stay where they are.
         max_host_bytes: what would need more stays on the device: the last layers' inputs, which
             the backward wants first. None: there is no limit, and where host memory runs out,
             Linux kills the process. PyTorch rounds each pinned tensor up to a power of two.
 
     Raises:
-        UnsupportedModelError: the model has no gradient checkpointing, or is compiled or sharded.
+        UnsupportedModelError: the model has no gradient checkpointing, or is compiled or sharded;
+            with keep_attention, it has no attention of ours.
     """
-    with changing(model, "offload_checkpoints") as (root, changes):
+    other = {"keep_attention": "restore() that, and pass keep_attention=True"}
+    with changing(model, "offload_checkpoints", instead=other) as (root, changes):
         layers = [module for module in root.modules() if hasattr(module, _FLAGS[0])]
         if not root.supports_gradient_checkpointing or not layers:
             raise UnsupportedModelError(
                 f"{type(root).__name__} has no gradient checkpointing, which offload_checkpoints "
                 "builds on."
             )
-        run = _Offload(min_bytes, max_host_bytes)
+        kept = kept_modules(root) if keep_attention else 0
+        run = _Offload(min_bytes, max_host_bytes, keep_attention)
         for layer in layers:
             changes.undo.callback(_set_flags, layer, _flags(layer))
             _set_flags(layer, dict(zip(_FLAGS, (True, run), strict=True)))
-    return Technique("offload_checkpoints", f"inputs of {len(layers)} modules on the host", changes)
+    text = f"inputs of {len(layers)} modules"
+    text += f" and results of {kept} attention modules on the host" if kept else " on the host"
+    return Technique("offload_checkpoints", text, changes)
 
 
 def _flags(layer: nn.Module) -> dict[str, Any]:
@@ -68,35 +82,58 @@ def _set_flags(layer: nn.Module, flags: dict[str, Any]) -> None:
 class _Offload:
     """The checkpointing function of a model's layers."""
 
-    def __init__(self, min_bytes: int, max_host_bytes: int | None):
+    def __init__(self, min_bytes: int, max_host_bytes: int | None, keep_attention: bool = False):
         self._min_bytes, self._max_host_bytes = min_bytes, max_host_bytes
+        self._keep_attention = keep_attention
         self._stored: weakref.WeakSet[_Stored] = weakref.WeakSet()
         self._last: weakref.ref[_Stored] | None = None
+        self._last_kept: weakref.ref[Kept] | None = None
         self._streams: dict[torch.device, Any] = {}
 
     def __deepcopy__(self, memo: dict) -> _Offload:
-        return _Offload(self._min_bytes, self._max_host_bytes)  # streams cannot be copied
+        # Streams cannot be copied.
+        return _Offload(self._min_bytes, self._max_host_bytes, self._keep_attention)
 
+    @torch.compiler.disable
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._keep_attention and torch.is_grad_enabled():
+            function = self._keeping(function)
         # The hooks see what the checkpoint itself saves, its inputs; in it, its own hooks apply.
         with saved_tensors_hooks(self._pack, _unpack):
             return checkpoint(function, *args, use_reentrant=False)
 
+    def _keeping(self, function: Callable[..., Any]) -> Kept:
+        before = None if self._last_kept is None else self._last_kept()
+        kept = Kept(function, self._keep, before)
+        self._last_kept = weakref.ref(kept)
+        return kept
+
+    def _keep(self, tensor: Tensor) -> Stored:
+        stored = self._store(tensor)
+        return OnDevice(tensor) if stored is None else stored
+
     def _pack(self, tensor: Tensor) -> _Stored | Tensor:
-        if not tensor.is_floating_point() or tensor.nbytes < max(self._min_bytes, 1):
+        stored = self._store(tensor)
+        if stored is None:
             return tensor
+        stored.before, self._last = self._last, weakref.ref(stored)
+        return stored
+
+    def _store(self, tensor: Tensor) -> _Stored | None:
+        """A copy of a tensor on the host; None where it is to stay."""
+        if not tensor.is_floating_point() or tensor.nbytes < max(self._min_bytes, 1):
+            return None
         if self._max_host_bytes is not None:
             held = sum(stored.host_bytes for stored in self._stored)
             if held + _pinned_bytes(tensor) > self._max_host_bytes:
-                return tensor
+                return None
         stream = None
         if tensor.device.type != "cpu":
             stream = self._streams.get(tensor.device)
             if stream is None:
                 stream = torch.get_device_module(tensor.device).Stream(tensor.device)
                 self._streams[tensor.device] = stream
-        stored = _Stored(tensor, self._last, stream)
-        self._last = weakref.ref(stored)
+        stored = _Stored(tensor, stream)
         self._stored.add(stored)
         return stored
 
@@ -120,12 +157,13 @@ class _Stored:
     """One tensor in host memory.
 
     Attributes:
-        before: the one that was stored before it, which a backward wants after it.
+        before: the input that was stored before it, which a backward wants after it.
         host_bytes: that it takes.
     """
 
-    def __init__(self, tensor: Tensor, before: weakref.ref[_Stored] | None, stream: Any):
-        self.before, self._stream, self._device = before, stream, tensor.device
+    def __init__(self, tensor: Tensor, stream: Any):
+        self.before: weakref.ref[_Stored] | None = None
+        self._stream, self._device = stream, tensor.device
         self.host_bytes = _pinned_bytes(tensor)
         self._back: Tensor | None = None
         self._event: Any = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -92,16 +93,19 @@ class Technique:
 
 
 @contextlib.contextmanager
-def changing(model: nn.Module, name: str) -> Iterator[tuple[PreTrainedModel, Changes]]:
+def changing(
+    model: nn.Module, name: str, *, instead: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[PreTrainedModel, Changes]]:
     """The transformers model in `model`, and a record of what is changed; an error reverts it.
 
     Args:
         model: a PreTrainedModel, a PeftModel, or any module around one.
         name: of the technique.
+        instead: techniques that it does not go with, and what to do.
 
     Raises:
         UnsupportedModelError: it holds none or several, is compiled or sharded, or has the
-            technique.
+            technique or one that it does not go with.
     """
     for where, what in compiled_or_sharded(model):
         raise UnsupportedModelError(f"{where} is {what}; apply {name} before that.")
@@ -115,6 +119,10 @@ def changing(model: nn.Module, name: str) -> Iterator[tuple[PreTrainedModel, Cha
     if name in names:
         raise UnsupportedModelError(
             f"{type(roots[0]).__name__} has {name} already; restore() that first."
+        )
+    for other in names & instead.keys():
+        raise UnsupportedModelError(
+            f"{type(roots[0]).__name__} has {other}, and not {name} beside it: {instead[other]}."
         )
     changes = Changes()
     try:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from . import torch_backend
+from ..errors import UnsupportedKernelError
+from . import keeper, torch_backend
 
 NAMESPACE = "hf_flash_patch"
 EXTENSION = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -70,6 +71,7 @@ _ops = getattr(torch.ops, NAMESPACE)
 
 # Positions in `attention`'s argument list: tensors, but for the two lengths, then numbers.
 _LENGTHS = slice(5, 7)
+_RNG_STATE_AT = 12
 _BIAS_AT = 13
 _LISTS_AT = slice(_BIAS_AT + 1, _BIAS_AT + 7)
 _SCALARS_AT = _BIAS_AT + 9
@@ -91,7 +93,18 @@ def _forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return _ops.torch_forward.default(*inputs[:_DETERMINISTIC_AT])
 
 
-torch.library.impl(f"{NAMESPACE}::attention", "default")(_forward)
+def _operator(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if keeper.current() is not None:
+        # A compiled graph may write over what an operator in it gave.
+        raise UnsupportedKernelError(
+            "attention is in a compiled part (a layer, or what is in it) of a checkpoint that is "
+            "to keep its results. Compile the model as a whole, whose checkpointed layers then run "
+            "as they are, or leave keep_attention out."
+        )
+    return _forward(*inputs)
+
+
+torch.library.impl(f"{NAMESPACE}::attention", "default")(_operator)
 torch.library.impl(f"{NAMESPACE}::torch_forward", "default")(torch_backend.forward)
 torch.library.impl(f"{NAMESPACE}::torch_backward", "default")(torch_backend.backward)
 
@@ -171,12 +184,29 @@ def call_backward(
 torch.library.register_autograd(f"{NAMESPACE}::attention", _backward, setup_context=_setup_context)
 
 
+def _kept_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...]
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[Any, ...]]:
+    """`_forward`, or what a keeper has of it; and `rest` with the rng_state that it was made of."""
+    if keeper.current() is None:
+        return _forward(q, k, v, *rest), rest
+    tensors, numbers = rest[: _SCALARS_AT - 3], rest[_SCALARS_AT - 3 :]
+    at = _RNG_STATE_AT - 3
+    given = tuple(tensor is not None for tensor in tensors)
+    out, lse, rng_state = keeper.kept(
+        (q.shape, k.shape, v.shape, q.dtype, given, numbers),
+        lambda: (*_forward(q, k, v, *rest), rest[at]),
+    )
+    assert out is not None and lse is not None
+    return (out, lse), (*rest[:at], rng_state, *rest[at + 1 :])
+
+
 class _Attention(torch.autograd.Function):
     """The operator's autograd without the operator."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, rest: tuple[Any, ...]) -> Any:
-        output = _forward(q, k, v, *rest)
+        output, rest = _kept_forward(q, k, v, rest)
         _setup_context(ctx, (q, k, v, *rest), output)
         return output
 
@@ -191,12 +221,15 @@ def call_attention(
     """The operator `attention` where something traces or transforms; else the same without it.
 
     Autograd in Python adds 17 us of host time to a call of an operator, 140 us with a gradient.
+
+    Raises:
+        UnsupportedKernelError: a compiled part calls it in a checkpoint that keeps its results.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _ops.attention(q, k, v, *rest)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, rest)
-    return _forward(q, k, v, *rest)
+    return _kept_forward(q, k, v, rest)[0]
 
 
 def _no_gradient(ctx: Any, *grads: torch.Tensor | None) -> None:

@@ -22,6 +22,7 @@ from ..masks.part import part_of
 from ..masks.pattern import Pattern
 from ..ops.arguments import MaskArguments, check_tensors
 from ..ops.functional import Output, attention, attention_backward
+from ..ops.keeper import kept
 from ..ops.padding import pack_key_padding
 from .layout import Layout, owned
 
@@ -200,6 +201,31 @@ class _Neighbours:
         return received, dist.batch_isend_irecv(operations)
 
 
+def _all_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    padding: torch.Tensor | None,
+    neighbours: _Neighbours,
+    plan: _Plan,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse of this process's queries, once the keys have gone round."""
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    total: tuple[torch.Tensor, torch.Tensor] | None = None
+    for source, keys, mask in _round(k, v, padding, neighbours, plan):
+        for call in plan.calls(source):
+            part, part_lse = attention(
+                q[:, call.rows],
+                keys[0][:, call.keys],
+                keys[1][:, call.keys],
+                return_lse=True,
+                **call.options(plan, mask),
+            )
+            total = _merge(total, call.rows, part, part_lse, q, exact)
+    out, lse = _nothing(q, exact) if total is None else total
+    return out.to(q.dtype), lse
+
+
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -212,20 +238,11 @@ class _Ring(torch.autograd.Function):
         plan: _Plan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.set_materialize_grads(False)
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        total: tuple[torch.Tensor, torch.Tensor] | None = None
-        for source, keys, mask in _round(k, v, padding, neighbours, plan):
-            for call in plan.calls(source):
-                part, part_lse = attention(
-                    q[:, call.rows],
-                    keys[0][:, call.keys],
-                    keys[1][:, call.keys],
-                    return_lse=True,
-                    **call.options(plan, mask),
-                )
-                total = _merge(total, call.rows, part, part_lse, q, exact)
-        out, lse = _nothing(q, exact) if total is None else total
-        result = out.to(q.dtype)
+        result, lse = kept(
+            (q.shape, q.dtype, plan.causal, plan.rank),
+            lambda: _all_keys(q, k, v, padding, neighbours, plan),
+        )
+        assert result is not None and lse is not None
         ctx.save_for_backward(q, k, v, padding, result, lse)
         ctx.neighbours, ctx.plan = neighbours, plan
         return result, lse

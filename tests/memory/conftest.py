@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from hf_flash_patch.ops import library
 from tests.integration.tiny import assert_close, tiny_model, token_ids
 
 FAMILIES = {
@@ -46,6 +48,39 @@ def assert_same_step(actual, expected):
     assert actual[1].keys() == expected[1].keys()
     for name, gradient in actual[1].items():
         assert_close(gradient, expected[1][name], name)
+
+
+def one_step(model, inputs):
+    """Loss, gradients and the generator's state after a step that begins with a seed."""
+    torch.manual_seed(3)
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, torch.get_rng_state()
+
+
+def assert_same_bits(actual, expected):
+    """Of `one_step`."""
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in actual[1].items():
+        assert torch.equal(gradient, expected[1][name]), name
+    assert torch.equal(actual[2], expected[2])
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Shapes of q in calls of an engine's forward."""
+    calls = []
+    forward = library._forward
+
+    def counted(*inputs):
+        calls.append(inputs[0].shape)
+        return forward(*inputs)
+
+    monkeypatch.setattr(library, "_forward", counted)
+    return calls
 
 
 class Largest(TorchDispatchMode):

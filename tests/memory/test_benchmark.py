@@ -53,6 +53,13 @@ def test_a_technique_that_changes_the_loss_is_found_out(monkeypatch):
         long_context.main(long_context.Arguments(tiny=True, techniques=["loss"]))
 
 
+def test_results_kept(capsys):
+    arguments = long_context.Arguments(tiny=True, steps=1, keep_attention=True)
+    rows = long_context.main(arguments)
+    assert len(rows) == 10 and all(row.outcome == "ok" for row in rows)
+    assert "attention's results kept" in capsys.readouterr().out
+
+
 def shared():
     arguments = long_context.Arguments(tiny=True, techniques=["tile"], share="ring")
     return [(row.outcome, row.loss) for row in long_context.main(arguments)]

@@ -67,6 +67,12 @@ def checkpointed(use_reentrant):
     return prepare
 
 
+def keeping(model):
+    """Attention's results kept; checkpoints that are switched on later, as by the Trainer."""
+    hfp.memory.keep_attention(model)
+    return checkpointed(True)(model)
+
+
 def wrapped(model):
     """torch's own way, which FSDP's plugin of accelerate takes."""
     model.config.use_cache = False  # the cache would be filled twice
@@ -110,6 +116,7 @@ CASES = {
     "wrapped": Case(padded, prepare=wrapped),
     "lora": Case(flattened, prepare=with_adapter),
     "memory": Case(flattened, prepare=with_memory),
+    "kept": Case(padded, hfp.masks.sliding_window(5), prepare=keeping),
 }
 
 

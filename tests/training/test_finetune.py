@@ -189,7 +189,7 @@ def test_two_processes_share_sequences(command, monkeypatch, more):
     expected = _finetune(command(*more, output="one"))
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    more += ["--memory", "loss", "offload", "tile"]
+    more += ["--memory", "loss", "offload", "tile", "--keep_attention"]
     first, second = run(2, _finetune, command(*more), fsdp=True)
     assert first == second == pytest.approx(expected, rel=1e-5)
 
@@ -212,6 +212,11 @@ class TestOptions:
             (
                 ["--model", "a", "--memory", "offload", "--gradient_checkpointing", "true"],
                 "give one",
+            ),
+            (["--model", "a", "--memory", "tile", "--keep_attention"], "is for checkpoints of"),
+            (
+                ["--model", "a", "--gradient_checkpointing", "--keep_attention", "--no_patch"],
+                "and not --no_patch",
             ),
         ],
     )

@@ -169,7 +169,7 @@ DROPOUT = {
 def test_dropout_is_replayed(family, tmp_path):
     """Under each kind of checkpoint the numbers drawn, and so the losses, are those without."""
     curves = []
-    for kind in (None, False, True, "offload", "tile"):
+    for kind in (None, False, True, "offload", "tile", "keep"):
         model = model_of(family, **DROPOUT[family])
         hfp.patch(model)
         settings = {}
@@ -178,6 +178,9 @@ def test_dropout_is_replayed(family, tmp_path):
             settings |= {"gradient_checkpointing_kwargs": {"use_reentrant": kind}}
         if kind == "offload":
             hfp.memory.offload_checkpoints(model, min_bytes=0)
+        if kind == "keep":
+            settings = {"gradient_checkpointing": True}
+            hfp.memory.keep_attention(model)
         if kind == "tile":  # larger than a batch: the order of drawing is the same
             hfp.memory.tile_layers(model, tile=1000)
         collator = masked if family == "bert" else padded
