@@ -7,72 +7,106 @@
 namespace hfp {
 
 template <int kM>
-struct Softmax {
-  // The maximum that exponents are taken from may lie below the row's by kSlack in base 2. After the first few blocks
-  // it hardly ever has to follow then, and what was summed before need not shrink. Probabilities reach 2^kSlack, which
-  // every dtype holds with the same relative precision as 1.
-  static constexpr float kSlack = 8.f;
-  float row_max[kM][2];
-  float row_sum[kM][2];  // this thread's columns only; reduced at the end
-
+class Softmax {
+ public:
   __device__ Softmax() {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      row_max[i][0] = row_max[i][1] = -INFINITY;
-      row_sum[i][0] = row_sum[i][1] = 0.f;
-    }
-  }
-
-  // Turns logits into probabilities relative to the running maximum. Returns whether what was summed before, the output
-  // too, has then to shrink by the factors given, for some row of the warp. exp2 is the architecture's exponential.
-  template <int kN, class Exp2>
-  __device__ __forceinline__ bool update(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
-    bool grows = false;
-#pragma unroll
-    for (int i = 0; i < kM; ++i) {
+    for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float m = row_max[i][h];
+        base_[i][h] = row_sum_[i][h] = 0.f;
+        limit_[i][h] = -INFINITY;
+      }
+  }
+
+  // Turns logits into probabilities relative to the reference. Returns whether what was summed before, the output too,
+  // has then to shrink by the factors given, for some row of the warp. kFirst: nothing was, and nothing has. exp2 is
+  // the architecture's exponential.
+  template <bool kFirst, int kN, class Exp2>
+  __device__ __forceinline__ bool update(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
+    float top[kM][2];  // of this thread's columns
+    bool passes = false;
 #pragma unroll
-        for (int j = 0; j < kN; ++j) m = fmaxf(m, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        const bool follows = (m - row_max[i][h]) * scale > kSlack;  // not if both are -inf
-        m = follows ? m : row_max[i][h];
-        // A row that has seen nothing has maximum -inf; exponents are taken from 0 then, because -inf - -inf is NaN.
-        const float base = m == -INFINITY ? 0.f : m * scale;
-        shrink[i][h] = follows ? exp2(fmaf(row_max[i][h], scale, -base)) : 1.f;
-        row_max[i][h] = m;
-        grows |= follows;
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[i][h] = fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]);
+#pragma unroll
+        for (int j = 1; j < kN; ++j) top[i][h] = fmaxf(top[i][h], fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        passes |= top[i][h] > limit_[i][h];
+      }
+    // Few blocks get here after the first: the others save the shuffles, which wait for each other.
+    if (kFirst || (passes = __any_sync(0xffffffffu, passes))) {
+#pragma unroll
+      for (int i = 0; i < kM; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) follow<kFirst>(i, h, top[i][h], shrink[i][h], scale, exp2);
+    }
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
         float sum = 0.f;
 #pragma unroll
-        for (int j = 0; j < kN; ++j) {
+        for (int j = 0; j < kN; ++j)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            s[i][j][2 * h + e] = exp2(fmaf(s[i][j][2 * h + e], scale, -base));
-            sum += s[i][j][2 * h + e];
+            float& x = s[i][j][2 * h + e];
+            x = exp2(fmaf(x, scale, -base_[i][h]));
+            sum += x;
           }
-        }
-        row_sum[i][h] = fmaf(row_sum[i][h], shrink[i][h], sum);
+        row_sum_[i][h] = kFirst ? sum : row_sum_[i][h] + sum;
       }
-    }
-    return __any_sync(0xffffffffu, grows);
+    return !kFirst && passes;
   }
+
+  // What exponents of row (i, h) are taken from, -inf where it saw nothing.
+  __device__ float reference(int i, int h) const { return limit_[i][h] == -INFINITY ? -INFINITY : base_[i][h]; }
 
   // Completes the sum of row (i, h).
   __device__ float complete(int i, int h) {
-    float sum = row_sum[i][h];
+    float sum = row_sum_[i][h];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    return row_sum[i][h] = sum;
+    return row_sum_[i][h] = sum;
   }
 
   // Completes the sum; returns the natural-log sum of exponentials of row (i, h), -inf where it saw nothing.
-  __device__ float finish(int i, int h, float scale) {
+  __device__ float finish(int i, int h) {
     const float sum = complete(i, h);
     constexpr float kLn2 = 0.69314718055994531f;
-    return sum > 0.f ? kLn2 * fmaf(row_max[i][h], scale, __log2f(sum)) : -INFINITY;
+    return sum > 0.f ? kLn2 * (base_[i][h] + __log2f(sum)) : -INFINITY;
   }
+  // Of a complete sum, 0 where the row saw nothing.
+  __device__ float normalizer(int i, int h) const {
+    return row_sum_[i][h] > 0.f ? __fdividef(1.f, row_sum_[i][h]) : 0.f;
+  }
+
+ private:
+  // The reference may lie below the row's maximum by kSlack in base 2. After the first few blocks it hardly ever has to
+  // follow then, and what was summed before need not shrink. Probabilities reach 2^kSlack, which every dtype holds with
+  // the same relative precision as 1.
+  static constexpr float kSlack = 8.f;
+
+  // The reference goes up to the row's maximum if that passes the limit; `top` is of this thread's columns.
+  template <bool kFirst, class Exp2>
+  __device__ __forceinline__ void follow(int i, int h, float top, float& shrink, float scale, Exp2 exp2) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const bool follows = top > limit_[i][h];  // not if both are -inf
+    const float base = follows ? top * scale : base_[i][h];
+    if constexpr (!kFirst) {
+      // A row that had seen nothing has nothing to shrink, whatever its reference was.
+      shrink = limit_[i][h] == -INFINITY ? 1.f : exp2(base_[i][h] - base);
+      row_sum_[i][h] *= shrink;
+    }
+    base_[i][h] = base;
+    if (follows) limit_[i][h] = top + __fdividef(kSlack, scale);
+  }
+
+  float base_[kM][2];     // the reference; 0 until the row has seen a key, because -inf - -inf is NaN
+  float limit_[kM][2];    // a logit above it makes the reference follow; -inf until the row has seen a key
+  float row_sum_[kM][2];  // this thread's columns only; reduced at the end
 };
 
 template <int kM, int kN>

@@ -138,7 +138,7 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
         mask_elements(mask, why, s, row, start, lane);
       }
       float shrink[kM][2];
-      if (softmax.update(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
+      if (softmax.template update<false>(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
 
       uint32_t prob[kM][D::kKeys / 16][4];
 #pragma unroll
@@ -175,7 +175,7 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
   for (int r = 0; r < 2 * kM; ++r) {
     const float sum = softmax.complete(r / 2, r % 2);
     if (row + 8 * r >= rows) continue;
-    if (lane % 4 == 0) sums[mine + 8 * r] = make_float2(softmax.row_max[r / 2][r % 2] * p.exp2_scale, sum);
+    if (lane % 4 == 0) sums[mine + 8 * r] = make_float2(softmax.reference(r / 2, r % 2), sum);
     float* to = results + (mine + 8 * r) * kPitch + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < kNO; ++j) {

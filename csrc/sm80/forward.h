@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
       mask_by_tile(p.mask.lists, bits, s, not_hoisted(row), n * kBlockK, lane);
     }
     float shrink[kM][2];
-    if (softmax.update(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
+    if (softmax.template update<false>(s, shrink, p.exp2_scale, exp2_approx)) scale_rows(o, shrink);
 
     // The accumulator of S is, rounded, the A operand of the next product.
     uint32_t prob[kM][kBlockK / 16][4];
@@ -133,10 +133,10 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float row_lse = softmax.finish(i, h, p.exp2_scale);
+      const float row_lse = softmax.finish(i, h);
       const int r = row + 16 * i + 8 * h;
       if (lane % 4 == 0 && r < seq.seqlen_q) lse[r] = row_lse;
-      float scale = softmax.row_sum[i][h] > 0.f ? 1.f / softmax.row_sum[i][h] : 0.f;
+      float scale = softmax.normalizer(i, h);
       if constexpr (F::kVariant != Variant::kPlain) scale *= p.dropout.rescale;
 #pragma unroll
       for (int j = 0; j < kNO; ++j) {

@@ -30,7 +30,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void run(Walk walk) {
 #pragma unroll 1
     for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.next(true)) {
-      const KeyBlock<B> work(a_, queue.tile());
+      const KeyBlock<B> work(a_, queue.item());
       if (!uniform(work.exists())) continue;
       float dk[kND][4], dv[kND][4];
 #pragma unroll
@@ -54,8 +54,9 @@ class BackwardConsumer {
         walk(work, step, dk, dv);
       }
       // The block of keys is made anew: kept, it would take ten registers.
-      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv, had_keys);
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.item())), dk, dv, had_keys);
     }
+    await_left();
   }
 
   __device__ __forceinline__ typename B::Step await_q() {
@@ -182,6 +183,7 @@ class BackwardConsumer {
 
   // Through shared memory and the copy engine; straight to memory if the last rows are not this sequence's. The tiles
   // of K and V are given back first, if they are not what the gradients leave through: the next ones arrive meanwhile.
+  // Otherwise await_left() has to come before the tiles of dS and dQ are written again.
   __device__ __forceinline__ void store(const KeyBlock<B>& work, const float (&dk)[kND][4], const float (&dv)[kND][4],
                                         bool had_keys) {
     const BackwardParams& p = a_.p;
@@ -192,10 +194,22 @@ class BackwardConsumer {
       named_sync(1, 128 * B::kConsumers);  // dQ reads all of dS and K
     }
     if (had_keys && key0 + 64 <= work.seq.stored_k) {
-      leave(a_.dv, B::out_place(group_, 0), dv, scale_v, work, key0);
-      if (B::kOutBuffers == 1) await_left();
-      leave(a_.dk, B::out_place(group_, 1), dk, p.softmax_scale, work, key0);
-      await_left();
+      using TileOut = typename B::TileOut;
+      const uint32_t tile_v = at(B::out_place(group_, 0)), tile_k = at(B::out_place(group_, 1));
+      store_to_tile<TileOut, Element>(tile_v, 16 * warp_, dv, {scale_v, scale_v}, lane_);
+      if constexpr (B::kDkThroughDq) {  // once the adder has read both consumers' last dQ
+        for (uint64_t& empty : bars_->dq_empty) barrier_wait(smem_address(&empty), dq_parity_ ^ 1);
+      }
+      store_to_tile<TileOut, Element>(tile_k, 16 * warp_, dk, {p.softmax_scale, p.softmax_scale}, lane_);
+      async_fence_shared();
+      named_sync(2 + group_, 128);
+      if (threadIdx.x % 128 == 0) {
+        const int row = static_cast<int>(work.seq.offset_k) + key0, batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
+        TileOut::store(tile_v, 0, &a_.dv, column, row, work.head_k, batch);
+        TileOut::store(tile_k, 0, &a_.dk, column, row, work.head_k, batch);
+        bulk_commit();
+      }
+      if (B::kWide) await_left();
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -213,20 +227,7 @@ class BackwardConsumer {
     release(&bars_->k_empty);
     release(&bars_->v_empty);
   }
-  // This consumer's dK or dV, from key `key0` on.
-  __device__ __forceinline__ void leave(const CUtensorMap& map, int place, const float (&x)[kND][4], float scale,
-                                        const KeyBlock<B>& work, int key0) {
-    using TileOut = typename B::TileOut;
-    store_to_tile<TileOut, Element>(at(place), 16 * warp_, x, {scale, scale}, lane_);
-    async_fence_shared();
-    named_sync(2 + group_, 128);
-    if (threadIdx.x % 128 == 0) {
-      const int row = static_cast<int>(work.seq.offset_k) + key0, batch = a_.p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-      TileOut::store(at(place), 0, &map, B::first_column(group_), row, work.head_k, batch);
-      bulk_commit();
-    }
-  }
-  // Until what leaves has been read.
+  // Until this consumer's dK and dV have been read.
   __device__ __forceinline__ void await_left() {
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
     named_sync(2 + group_, 128);

@@ -43,6 +43,7 @@ class NarrowConsumer : BackwardConsumer<B> {
       this->probabilities(work, step, p);
       round(prob, p);
       wgmma_wait<0>();  // dP
+      this->await_left();
       finish_step(work, step, p, dp, prob, dv, [] {});
     }
 #pragma unroll 1
