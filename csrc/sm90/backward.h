@@ -10,7 +10,7 @@
 
 namespace hfp::sm90 {
 
-// ptxas-spill-ok(sm9015backward_kernel, 900): the producer's roles live in 24 to 40 registers
+// ptxas-spill-ok(sm9015backward_kernel, 900): the planner lives in 24 registers
 
 template <class B>
 __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArguments a) {
@@ -27,10 +27,9 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     for (int i = 0; i < B::kStagesQ; ++i) init(bars->q_full + i, 1), init(bars->q_empty + i, kWarps);
     for (int i = 0; i < B::kStagesDo; ++i) init(bars->do_full + i, 1), init(bars->do_empty + i, kWarps);
     for (int i = 0; i < B::kConsumers; ++i) init(bars->dq_full + i, 4), init(bars->dq_empty + i, 1);
-    for (auto& ring : bars->round_full)
-      for (uint64_t& bar : ring) init(&bar, 1);
-    init(&bars->item_full, 1);
-    init(&bars->item_empty, kWarps + 1);
+    for (uint64_t& bar : bars->round_full) init(&bar, 1);
+    init(&bars->tile_full, 1);
+    init(&bars->tile_empty, kWarps + 1);
     for (int i = 0; i < B::kPlans; ++i) init(bars->plan_full + i, 1), init(bars->plan_empty + i, 2);
     barrier_init_fence();
   }
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     std::conditional_t<B::kWide, WideConsumer<B>, NarrowConsumer<B>>(a, bars, base).run();
     named_sync(1, 128 * B::kConsumers);  // the tiles have no use any more
     const int warp = uniform(threadIdx.x / 32) - 4;
-    Rounder<B> rounder(a, base + warp * B::kChunks * B::kChunkBytes, bars->round_full[1 + warp]);
+    Rounder<B> rounder(a, base + warp * B::kRoundBytes, bars->round_full + 1 + warp);
     while (!rounder.done())
       if (!rounder.step()) __nanosleep(100);
   }
@@ -84,10 +83,10 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.group_tiles = Divisor(std::max<int64_t>(group_tiles, 1));
   // Q, dO and the accumulator of a section stay in the L2 cache. It has no more than two blocks of keys for each
   // multiprocessor: dQ is complete only when a section ends, and what is complete late is rounded when everything else
-  // is done (d64, causal, 1k: 5%).
+  // is done (causal, 1k: 2 to 5%).
   const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
-  const int section =
-      m.uneven() ? section_size(a.groups, head_bytes, blocks, 2 * multiprocessors() / std::max<int64_t>(blocks, 1)) : 1;
+  const int64_t most = 2 * multiprocessors() / std::max<int64_t>(blocks, 1);
+  const int section = m.uneven() ? section_size(a.groups, head_bytes, blocks, most) : 1;
   a.section_items = Divisor(section * std::max<int64_t>(blocks, 1));
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);

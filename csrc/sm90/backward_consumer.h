@@ -30,7 +30,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void run(Walk walk) {
 #pragma unroll 1
     for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.next(true)) {
-      const KeyBlock<B> work(a_, queue.item());
+      const KeyBlock<B> work(a_, queue.tile());
       if (!uniform(work.exists())) continue;
       float dk[kND][4], dv[kND][4];
 #pragma unroll
@@ -54,7 +54,7 @@ class BackwardConsumer {
         walk(work, step, dk, dv);
       }
       // The block of keys is made anew: kept, it would take ten registers.
-      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.item())), dk, dv, had_keys);
+      store(KeyBlock<B>(a_, sm80::not_hoisted(queue.tile())), dk, dv, had_keys);
     }
     await_left();
   }
@@ -227,10 +227,10 @@ class BackwardConsumer {
     release(&bars_->k_empty);
     release(&bars_->v_empty);
   }
-  // Until this consumer's dK and dV have been read.
+  // Until both consumers' dK and dV have been read.
   __device__ __forceinline__ void await_left() {
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
-    named_sync(2 + group_, 128);
+    named_sync(1, 128 * B::kConsumers);
   }
 
   __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {

@@ -38,101 +38,84 @@ struct DqTile {
   }
 };
 
-// One warp that rounds tiles, through a ring of buffers and barriers of its own: a copy takes a microsecond to arrive,
-// three times what the warp then does with it.
+// One warp that rounds tiles, through a buffer and a barrier of its own.
 template <class B>
 class Rounder {
  public:
-  __device__ Rounder(const BackwardArguments& a, uint32_t buffers, uint64_t* full)
-      : a_(a), buffers_(buffers), full_(smem_address(full)), lane_(threadIdx.x % 32) {
-    next_ = uniform(take());
+  __device__ Rounder(const BackwardArguments& a, uint32_t buffer, uint64_t* full)
+      : a_(a), buffer_(buffer), full_(smem_address(full)), lane_(threadIdx.x % 32) {
+    take();
   }
   __device__ bool done() const { return next_ >= a_.total_tiles; }
 
   // Rounds the next tile if it is complete; returns whether it was.
   __device__ bool step() {
     const DqTile<B> tile(a_, next_);
-    if (tile.exists() && !complete(tile)) return false;
-    const int following = take();
-    if (tile.exists()) round(tile);
-    next_ = uniform(following);
+    if (tile.exists()) {
+      if (!complete(tile)) return false;
+      round(tile);
+    }
+    take();
     return true;
   }
 
  private:
-  static constexpr int kChunks = B::kDqTileBytes / B::kChunkBytes;
-
-  // In lane 0.
-  __device__ int take() { return lane_ == 0 ? take_number(&a_.counters->next_round) : 0; }
+  __device__ void take() { next_ = uniform(lane_ == 0 ? atomicAdd(&a_.counters->next_round, 1) : 0); }
 
   __device__ bool complete(const DqTile<B>& tile) {
     if (tile.group == complete_group_) return true;
-    const bool first = lane_ % 2 == 0;  // the two loads travel together
-    const int* flag = (first ? a_.added : a_.cleared) + tile.group;
-    const bool is = load_relaxed(flag) == (first ? tile.key_blocks() : tile.tiles(a_));
-    if (!__all_sync(0xffffffffu, is)) return false;
-    load_acquire(flag);
-    async_fence_global();
-    __syncwarp();
+    int is = 0;
+    if (lane_ == 0) {
+      is = load_acquire(a_.added + tile.group) == tile.key_blocks() &&
+           load_acquire(a_.cleared + tile.group) == tile.tiles(a_);
+      async_fence_global();
+    }
+    if (!uniform(is)) return false;
     complete_group_ = tile.group;
     return true;
   }
 
-  // dQ = accumulated * softmax_scale, rounded, in its place: 64 rows by 16 columns at a time, in the order in which a
-  // consumer's threads held them.
+  // dQ = accumulated * softmax_scale, rounded, in its place: 64 rows by 32 columns at a time, 8 KB in the order in
+  // which a consumer's threads held them.
   __device__ void round(const DqTile<B>& tile) {
-    const float* from = tile.accumulator(a_);
+    using Element = typename B::Element;
+    const float* accumulator = tile.accumulator(a_);
 #pragma unroll 1
-    for (int i = 0; i < (B::kChunks < kChunks ? B::kChunks : kChunks); ++i, from += B::kChunkBytes / 4)
-      load(from, (at_.index + i) % B::kChunks);
-    const int row = tile.row0 + lane_ / 4;
-    auto* to =
-        row_pointer<typename B::Element>(a_.p.dq, tile.seq.batch, tile.seq.offset_q + row, tile.head) + lane_ % 4 * 2;
-#pragma unroll 1
-    for (int i = 0; i < kChunks; ++i, from += B::kChunkBytes / 4) {
-      const int row_offset = 16 * i / B::kHeadDim * 64, col = 16 * i % B::kHeadDim;
-      barrier_wait(full_ + at_.index * 8, at_.parity);
-      round(to + row_offset * a_.p.dq.row_stride + col, tile.seq.seqlen_q - row - row_offset, a_.p.head_dim - col);
+    for (int i = 0; i < B::kDqTileBytes / kBytes; ++i) {
       __syncwarp();
-      if (i + B::kChunks < kChunks) load(from, at_.index);
-      at_.next();
-    }
-  }
-  __device__ void load(const float* from, int stage) {
-    if (lane_ != 0) return;
-    const uint32_t bar = full_ + stage * 8;
-    barrier_expect(bar, B::kChunkBytes);
-    bulk_load(buffers_ + stage * B::kChunkBytes, from, B::kChunkBytes, bar);
-  }
-  // The present chunk, whose first `rows` rows and `cols` columns exist. Pairs are written as they lie: to gather them
-  // takes registers or shuffles, and this warp has few of the ones and waits long for the others.
-  __device__ __forceinline__ void round(typename B::Element* to, int rows, int cols) {
-    const uint32_t from = buffers_ + at_.index * B::kChunkBytes + lane_ * 16;
-    const int64_t lower = 8 * a_.p.dq.row_stride;
+      if (lane_ == 0) {
+        async_fence_shared();  // the buffer has been read
+        barrier_expect(full_, kBytes);
+        bulk_load(buffer_, accumulator + i * (kBytes / 4), kBytes, full_);
+      }
+      barrier_wait(full_, parity_);
+      parity_ ^= 1;
+      const int col = 32 * i % B::kHeadDim + lane_ % 4 * 8, row0 = tile.row0 + 32 * i / B::kHeadDim * 64 + lane_ / 4;
 #pragma unroll 1
-    for (int strip = 0; strip < 4; ++strip) {
-      const float4 lo = load_shared_float4(from + 512 * strip), hi = load_shared_float4(from + 512 * strip + 2048);
-      if (16 * strip < rows) {
-        write(to, lo.x, lo.y);
-        if (cols > 8) write(to + 8, hi.x, hi.y);
+      for (int strip = 0; strip < 8; ++strip) {  // rows g of 8 and 8
+        const uint32_t from = buffer_ + strip / 2 * 512 + strip % 2 * 8 + lane_ * 16;
+        const int row = row0 + 8 * strip;
+        uint32_t x[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float2 v = load_shared_float2(from + 2048 * j);
+          x[j] = pack<Element>(v.x * a_.p.softmax_scale, v.y * a_.p.softmax_scale);
+        }
+        transpose_quad(x, lane_ % 4);
+        if (row < tile.seq.seqlen_q && col < a_.p.head_dim) {
+          Element* to = row_pointer<Element>(a_.p.dq, tile.seq.batch, tile.seq.offset_q + row, tile.head) + col;
+          *reinterpret_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
       }
-      if (16 * strip + 8 < rows) {
-        write(to + lower, lo.z, lo.w);
-        if (cols > 8) write(to + lower + 8, hi.z, hi.w);
-      }
-      to += 2 * lower;
     }
-  }
-  __device__ __forceinline__ void write(typename B::Element* to, float x, float y) {
-    const float scale = a_.p.softmax_scale;
-    *reinterpret_cast<uint32_t*>(to) = pack<typename B::Element>(x * scale, y * scale);
   }
 
+  static constexpr int kBytes = B::kRoundBytes;
   const BackwardArguments& a_;
-  const uint32_t buffers_, full_;
+  const uint32_t buffer_, full_;
   const int lane_;
   int next_, complete_group_ = -1;
-  Stage<B::kChunks> at_{0};
+  uint32_t parity_ = 0;
 };
 
 // One warp that clears tiles ahead of the key blocks that add to them, and rounds those that are complete.
@@ -140,33 +123,25 @@ template <class B>
 class Tidier {
  public:
   __device__ Tidier(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
-      : a_(a),
-        zeros_(base + B::kAtZeros),
-        lane_(threadIdx.x % 32),
-        rounder_(a, base + B::kAtRound, bars->round_full[0]) {}
+      : a_(a), zeros_(base + B::kAtZeros), lane_(threadIdx.x % 32), rounder_(a, base + B::kAtRound, bars->round_full) {}
 
   __device__ void run() {
     for (int i = 16 * lane_; i < B::kZeroBytes; i += 16 * 32) store_shared_float4(zeros_ + i, {0.f, 0.f, 0.f, 0.f});
     async_fence_shared();
     __syncwarp();
-    next_ = uniform(take());
+    take();
 #pragma unroll 1
     while (next_ < a_.total_tiles || !rounder_.done()) {
       if (clear()) continue;
-      if (pending_ >= 0) {
-        bulk_wait<0>();
-        announce();
-      }
       if (!rounder_.done() && rounder_.step()) continue;
       __nanosleep(200);
     }
   }
 
  private:
-  __device__ int take() { return lane_ == 0 ? take_number(&a_.counters->next_clear) : 0; }
+  __device__ void take() { next_ = uniform(lane_ == 0 ? atomicAdd(&a_.counters->next_clear, 1) : 0); }
 
-  // Clears the next tile if it is wanted soon; returns whether it was. It is announced when the stores of the one after
-  // it are on their way.
+  // Clears the next tile if it is wanted soon; returns whether it was.
   __device__ bool clear() {
     if (next_ >= a_.total_tiles) return false;
     const DqTile<B> tile(a_, next_);
@@ -174,32 +149,23 @@ class Tidier {
       groups_wanted_ = groups_wanted();
       if (tile.group >= groups_wanted_) return false;
     }
-    const int following = take();
-    if (tile.exists()) {
+    if (tile.exists() && lane_ == 0) {
       float* to = tile.accumulator(a_);
 #pragma unroll 1
-      for (int i = lane_ * B::kZeroBytes; i < B::kDqTileBytes; i += 32 * B::kZeroBytes)
-        bulk_store(to + i / 4, zeros_, B::kZeroBytes);
+      for (int i = 0; i < B::kDqTileBytes / B::kZeroBytes; ++i)
+        bulk_store(to + i * (B::kZeroBytes / 4), zeros_, B::kZeroBytes);
       bulk_commit();
-      if (pending_ >= 0) {
-        bulk_wait<1>();
-        announce();
-      }
-      pending_ = tile.group;
+      bulk_wait<0>();
+      async_fence_global();
+      add_release(a_.cleared + tile.group, 1);
     }
-    next_ = uniform(following);
+    take();
     return true;
-  }
-  __device__ void announce() {
-    async_fence_global();
-    __syncwarp();
-    if (lane_ == 0) add_release(a_.cleared + pending_, 1);
-    pending_ = -1;
   }
 
   // Those of the key blocks that have been handed out, and of as many as run at once after them.
   __device__ int groups_wanted() const {
-    const int ahead = load_relaxed(&a_.counters->next_item) + 2 * static_cast<int>(gridDim.x);
+    const int ahead = load_acquire(&a_.counters->next_item) + 2 * static_cast<int>(gridDim.x);
     if (ahead >= a_.total) return a_.groups;
     return static_cast<int>((a_.section_items.divide(ahead) + 1) * a_.section_heads.divisor());
   }
@@ -208,7 +174,6 @@ class Tidier {
   const uint32_t zeros_;
   const int lane_;
   int next_ = 0, groups_wanted_ = 0;
-  int pending_ = -1;  // the group of a tile whose stores are on their way
   Rounder<B> rounder_;
 };
 
@@ -234,7 +199,7 @@ class Adder {
         added_to = plan.group;
         if (plan.flags & B::kExit) return;
         if (plan.flags & B::kNothing) continue;
-        await_flag(a_.cleared + plan.group, plan.group_tiles);
+        while (load_acquire(a_.cleared + plan.group) != plan.group_tiles) __nanosleep(20);
         async_fence_global();
       }
       add(plan);
@@ -246,7 +211,7 @@ class Adder {
     int* turn = a_.p.dq_turn ? a_.p.dq_turn + plan.scratch / B::kBlockQ : nullptr;
     float* to = a_.p.dq_accum + plan.scratch * B::kHeadDim;
     if (turn) {
-      await_flag(turn, plan.turn);
+      while (load_acquire(turn) != plan.turn) __nanosleep(20);
       async_fence_global();
     }
 #pragma unroll

@@ -21,13 +21,11 @@ struct Backward {
   static constexpr Variant kVariant = kVariant_;
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 
   // Up to 128 columns each consumer has 64 keys of its own, which is what registers hold of dK and dV. With more, both
   // have the same 64 keys, half of the queries of S and half of the columns of dK and dV.
   static constexpr bool kWide = kHeadDim > 128;
-  // 128 columns and more leave the producer 24, in which whatever knows masks or rounds dQ spills.
-  static constexpr int kProducerRegisters = kHeadDim > 96 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kHeadDim > 96 ? 240 : 232;
   static constexpr int kBlockK = kWide ? 64 : 128;
   // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
   // S of the next is asked for, and the tile's logits are plain.
@@ -79,18 +77,16 @@ struct Backward {
     int64_t scratch;  // row
   };
   static constexpr int kPlans = 4;
-  static constexpr int kChunks = 3, kChunkBytes = 64 * 16 * 4;  // of dQ, that a warp waits for at once to round them
   struct Barriers {
     float lse[kStagesQ][kBlockQ], delta[kStagesDo][kBlockQ];
     int2 seen[kBlockK];  // rows that see each key
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
-    uint64_t plan_full[kPlans], plan_empty[kPlans], item_full, item_empty;
-    uint64_t round_full[1 + 4 * kConsumers][kChunks];
+    uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty, round_full[1 + 4 * kConsumers];
     Plan plan[kPlans];
     Step step[kStagesQ];
-    int item;
+    int tile;
   };
   static constexpr int kAtK = 0;  // places of the tiles in shared memory
   static constexpr int kAtV = kAtK + TileK::kBytes;
@@ -100,12 +96,13 @@ struct Backward {
   static constexpr int kAtP = kAtDs + kStagesS * TileS::kBytes;  // wide only: P is no operand in registers
   static constexpr int kAtDq = kAtP + (kWide ? TileS::kBytes : 0);
   static constexpr int kAtRound = kAtDq + kDqTileBytes / kDqRounds;
-  static constexpr int kAtZeros = kAtRound + kChunks * kChunkBytes;
-  static constexpr int kZeroBytes = 1024;
+  static constexpr int kRoundBytes = 64 * 32 * 4;
+  static constexpr int kAtZeros = kAtRound + kRoundBytes;
+  static constexpr int kZeroBytes = 4096;
   static constexpr int kTileBytes = kAtZeros + kZeroBytes;
   // Where a consumer's dV (0) and dK (1) leave from: where dS was, and dQ if there is no room for both; wide: where V
   // and K were.
-  static constexpr bool kDkThroughDq = !kWide && 4 * TileOut::kBytes > kStagesS* TileS::kBytes;
+  static constexpr bool kDkThroughDq = !kWide && (4 * TileOut::kBytes > kStagesS * TileS::kBytes);
   static_assert(kWide || 2 * TileOut::kBytes <= kStagesS * TileS::kBytes);
   static_assert(!kDkThroughDq || 2 * TileOut::kBytes <= kDqTileBytes);
   __device__ static constexpr int out_place(int group, int i) {
@@ -165,7 +162,7 @@ struct KeyBlock {
 };
 
 template <class B>
-__device__ ItemQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
+__device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
   return {&a.counters->next_item, a.total, bars};
 }
 
@@ -180,7 +177,7 @@ class Planner {
     const BackwardParams& p = a_.p;
 #pragma unroll 1
     for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
-      const KeyBlock<B> work(a_, queue.item());
+      const KeyBlock<B> work(a_, queue.tile());
       if (!work.exists()) continue;
       QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);
       unsigned flags = B::kFirst;

@@ -24,10 +24,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   const uint32_t tile_q = tile_v + F::kStages * F::TileK::kBytes;
   const uint32_t tile_o = tile_q + F::kStagesQ * F::kConsumers * F::TileQ::kBytes;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < F::Barriers::kTiles; ++i) {
-      barrier_init(smem_address(bars->tile_full + i), 1);
-      barrier_init(smem_address(bars->tile_empty + i), 4 * F::kConsumers + 1);
-    }
+    barrier_init(smem_address(&bars->tile_full), 1);
+    barrier_init(smem_address(&bars->tile_empty), 4 * F::kConsumers + 1);
     for (int i = 0; i < F::kStagesQ * F::kConsumers; ++i) {
       barrier_init(smem_address(bars->q_full + i), 1);
       barrier_init(smem_address(bars->q_empty + i), 4);
@@ -44,7 +42,11 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<F::kProducerRegisters>();
     if (threadIdx.x == 0) produce<F>(a, bars, tile_q, tile_k, tile_v);
-    if (threadIdx.x == 32) announce_tiles<F>(a, bars);
+    if (threadIdx.x == 32) {
+      auto queue = tiles_of<F>(a, bars);
+      while (queue.fetch()) {
+      }
+    }
   } else {
     take_registers<F::kConsumerRegisters>();
     Consumer<F>(a, bars, tile_q, tile_k, tile_v, tile_o).run();

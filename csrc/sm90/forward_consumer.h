@@ -35,7 +35,9 @@ class Consumer {
   // cores have work while one tile's output leaves and the next one's softmax begins.
   __device__ __forceinline__ void run() {
     if (group_ == F::kConsumers - 1) named_arrive(1, 256);
-    if (!settle()) return await_left();
+    auto queue = tiles_of<F>(a_, bars_);
+    Work<F> work(a_, queue.tile());
+    if (!settle(queue, work)) return await_left();
     float s[1][kNS][4], o[1][kNO][4], shrink[1][2];
     uint32_t prob[F::kBlockK / 16][4];
     Softmax<1> softmax;
@@ -46,8 +48,8 @@ class Consumer {
     wgmma_wait<0>();
     pin(reinterpret_cast<AccumulatorS>(s));
     release(k_, bars_->k_empty);
-    probabilities<true>(softmax, s, shrink);
-    round_to(prob, s);
+    probabilities<true>(work, softmax, s, shrink);
+    round_to(prob, work, s);
 #pragma unroll 1
     for (;;) {
       int accumulate = 0;
@@ -63,17 +65,18 @@ class Consumer {
         wgmma_wait<1>();
         pin(reinterpret_cast<AccumulatorS>(s));
         release(k_, bars_->k_empty);
-        const bool shrinks = probabilities<false>(softmax, s, shrink);
+        const bool shrinks = probabilities<false>(work, softmax, s, shrink);
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
         pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
         release(v_, bars_->v_empty);
-        round_to(prob, s);
+        round_to(prob, work, s);
         if (shrinks) scale_rows(o, shrink);
       }
       if (!F::kQInRegisters) release_q();
-      const Rows done = leave_tile();
-      if (!settle()) {
+      queue.next(true);
+      const Work<F> done = work;
+      if (!settle(queue, work)) {
         barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
         issue_pv(o, prob, accumulate);
         wgmma_wait<0>();
@@ -92,55 +95,40 @@ class Consumer {
       wgmma_wait<1>();
       pin(reinterpret_cast<AccumulatorS>(s));
       release(k_, bars_->k_empty);
-      probabilities<true>(softmax, s, shrink);
+      probabilities<true>(work, softmax, s, shrink);
       wgmma_wait<0>();
       pin(reinterpret_cast<AccumulatorO>(o));
       pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
       release(v_, bars_->v_empty);
       finish(done, sums, o);
-      round_to(prob, s);
+      round_to(prob, work, s);
     }
     await_left();
   }
 
  private:
-  __device__ __forceinline__ const Work<F>& work() const { return bars_->work[tile_.index]; }
-
-  // Goes on to a tile that sees something, from the present one on; one that sees nothing gets zeros here.
-  __device__ __forceinline__ bool settle() {
-    for (;;) {
-      barrier_wait(smem_address(bars_->tile_full + tile_.index), tile_.parity);
-      if (uniform(bars_->exhausted[tile_.index])) return false;
-      const bool exists = uniform(work().exists());
-      if (exists && begins()) return true;
-      const Rows seen = leave_tile();
-      if (!exists) continue;
+  // Goes on to a tile that sees something; one that sees nothing gets zeros here.
+  __device__ __forceinline__ bool settle(TileQueue<typename F::Barriers>& queue, Work<F>& work) {
+    for (; queue.valid(); queue.next(true)) {
+      work = Work<F>(a_, queue.tile());
+      if (!uniform(work.exists())) continue;
+      if (begins(work)) return true;
       Softmax<1> nothing;
       float o[1][kNO][4];
       sm80::clear(o);
-      finish(seen, nothing, o);
+      finish(work, nothing, o);
     }
-  }
-  // Gives the tile's description back. Its rows are kept: they are written when the next tile is known.
-  __device__ __forceinline__ Rows leave_tile() {
-    const Work<F>& w = work();
-    const Rows rows{uniform(w.row0), uniform(w.head), uniform(w.seq.batch), uniform(w.seq.seqlen_q),
-                    uniform(static_cast<int>(w.seq.offset_q))};
-    if (lane_ == 0) barrier_arrive(smem_address(bars_->tile_empty + tile_.index));
-    tile_.next();
-    return rows;
+    return false;
   }
 
-  // The first block of the tile, if it sees any.
-  __device__ __forceinline__ bool begins() {
-    const TileSpan span = work().span;
-    all_ = {uniform(span.all.begin), uniform(span.all.end)};
+  // The first block of a tile, if it sees any.
+  __device__ __forceinline__ bool begins(const Work<F>& work) {
     if constexpr (F::kTold) {
       await_k();
       if (blocks_.block < 0) release(k_, bars_->k_empty);
       return blocks_.block >= 0;
     } else {
-      blocks_ = {work().mask, span, work().row0, work().head};
+      blocks_ = {work.mask, work.span, work.row0, work.head};
       blocks_.make_uniform(uniform);
       return blocks_.valid();
     }
@@ -180,15 +168,7 @@ class Consumer {
   }
   __device__ __forceinline__ void take_turn() { named_sync(1 + group_, 256); }
   __device__ __forceinline__ void pass_turn() { named_arrive(1 + (group_ + 1) % F::kConsumers, 256); }
-  // This warp's first row of a tile that begins with row0.
-  __device__ int first_row(int row0) const { return row0 + 64 * group_ + 16 * warp_; }
-
-  // Why some pair of block n may be hidden, see Mask::hidden. Only where there is reason to ask is the mask read.
-  __device__ __forceinline__ unsigned hidden(int n) const {
-    const int key0 = n * F::kBlockK;
-    if (key0 >= all_.begin && key0 + F::kBlockK <= all_.end && !a_.p.mask.key_bits) return 0;
-    return work().mask.template hidden<F::kBlockK>(work().span, n);
-  }
+  __device__ int first_row(const Work<F>& work) const { return work.row0 + 64 * group_ + 16 * warp_; }
 
   __device__ __forceinline__ void issue_qk(float (&s)[1][kNS][4]) {
     const uint64_t q = TileQ::along(tile_q_ + q_.index * F::kConsumers * TileQ::kBytes);
@@ -227,23 +207,25 @@ class Consumer {
   }
 
   template <bool kFirst>
-  __device__ __forceinline__ bool probabilities(Softmax<1>& softmax, float (&s)[1][kNS][4], float (&shrink)[1][2]) {
-    const int n = blocks_.block, key0 = n * F::kBlockK;
+  __device__ __forceinline__ bool probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+                                                float (&shrink)[1][2]) {
+    const int n = blocks_.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
     if constexpr (F::kVariant == Variant::kGeneral) {
-      const LogitBias bias(a_.p, work().seq.batch, work().head);
-      bias_elements(bias, s, first_row(work().row0) + lane_ / 4, key0 + 2 * (lane_ % 4), work().mask.shift());
+      const LogitBias bias(a_.p, work.seq.batch, work.head);
+      bias_elements(bias, s, row, key0 + 2 * (lane_ % 4), work.mask.shift());
     }
-    if (const unsigned why = hidden(n)) {
-      mask_elements(work().mask, why, s, first_row(work().row0) + lane_ / 4, key0, lane_);
+    if (const unsigned why = work.mask.template hidden<F::kBlockK>(work.span, n)) {
+      mask_elements(work.mask, why, s, sm80::not_hoisted(row), key0, lane_);
     }
     if (F::kTold && blocks_.bits != kFullTile) {
-      mask_by_tile(a_.p.mask.lists, blocks_.bits, s, first_row(work().row0) + lane_ / 4, key0, lane_);
+      mask_by_tile(a_.p.mask.lists, blocks_.bits, s, sm80::not_hoisted(row), key0, lane_);
     }
     return softmax.template update<kFirst>(s, shrink, a_.p.exp2_scale, exp2_approx);
   }
 
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
-  __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const float (&s)[1][kNS][4]) {
+  __device__ __forceinline__ void round_to(uint32_t (&prob)[F::kBlockK / 16][4], const Work<F>& work,
+                                           const float (&s)[1][kNS][4]) {
 #pragma unroll
     for (int j = 0; j < F::kBlockK / 16; ++j)
 #pragma unroll
@@ -252,40 +234,40 @@ class Consumer {
         prob[j][e] = pack<Element>(c[2 * (e % 2)], c[2 * (e % 2) + 1]);
       }
     if (drops<F::kVariant>(a_.p.dropout)) {
-      drop_pairs(dropout_, work().seq.batch * a_.p.num_heads + work().head, prob, first_row(work().row0),
+      drop_pairs(dropout_, work.seq.batch * a_.p.num_heads + work.head, prob, first_row(work),
                  blocks_.block * F::kBlockK, lane_);
     }
   }
 
   // Writes lse and O, whose 16 rows of a warp are copied while the next tile is worked on. A box past the end of a
   // sequence would cover rows of the next.
-  __device__ __forceinline__ void finish(const Rows& rows, Softmax<1>& softmax, float (&o)[1][kNO][4]) {
+  __device__ __forceinline__ void finish(const Work<F>& work, Softmax<1>& softmax, float (&o)[1][kNO][4]) {
     const AttentionParams& p = a_.p;
-    const int row0 = first_row(rows.row0), row = row0 + lane_ / 4;
-    float* lse = p.lse + rows.batch * p.lse_batch_stride + rows.head * p.lse_head_stride + rows.offset_q;
+    const int row0 = first_row(work), row = row0 + lane_ / 4;
+    float* lse = p.lse + work.seq.batch * p.lse_batch_stride + work.head * p.lse_head_stride + work.seq.offset_q;
     float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float row_lse = softmax.finish(0, h);
-      if (lane_ % 4 == 0 && row + 8 * h < rows.seqlen_q) lse[row + 8 * h] = row_lse;
+      if (lane_ % 4 == 0 && row + 8 * h < work.seq.seqlen_q) lse[row + 8 * h] = row_lse;
       scale[h] = softmax.normalizer(0, h);
       if constexpr (can_drop(F::kVariant)) scale[h] *= p.dropout.rescale;
     }
-    if (F::kOutInTiles && uniform(row0 + 16 <= rows.seqlen_q)) {
+    if (F::kOutInTiles && uniform(row0 + 16 <= work.seq.seqlen_q)) {
       await_left();
       store_to_tile<TileQ, Element>(tile_o_, 16 * warp_, o[0], scale, lane_);
       async_fence_shared();
       __syncwarp();
       if (lane_ == 0) {
-        TileQ::store(tile_o_, 16 * warp_, &a_.out, 0, rows.offset_q + row0, rows.head,
-                     p.mask.cu_seqlens_q ? 0 : rows.batch);
+        TileQ::store(tile_o_, 16 * warp_, &a_.out, 0, static_cast<int>(work.seq.offset_q) + row0, work.head,
+                     p.mask.cu_seqlens_q ? 0 : work.seq.batch);
         bulk_commit();
       }
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        Element* out = row_pointer<Element>(p.out, rows.batch, int64_t{rows.offset_q} + row + 8 * h, rows.head);
-        store_row<Element>(out, row + 8 * h < rows.seqlen_q, o[0], h, scale[h], p.head_dim, lane_ % 4);
+        Element* out = row_pointer<Element>(p.out, work.seq.batch, work.seq.offset_q + row + 8 * h, work.head);
+        store_row<Element>(out, row + 8 * h < work.seq.seqlen_q, o[0], h, scale[h], p.head_dim, lane_ % 4);
       }
     }
   }
@@ -303,8 +285,6 @@ class Consumer {
   const uint64_t desc_k_, desc_v_;
   uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
   std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is
-  Range all_;                                                                            // keys that all its rows see
-  Stage<F::Barriers::kTiles> tile_{0};
   Stage<F::kStages> k_{0}, v_{0};
   Stage<F::kStagesQ> q_{0};
 };

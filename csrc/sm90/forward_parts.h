@@ -53,11 +53,8 @@ struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
   struct Barriers {
     uint64_t q_full[Traits::kStagesQ * Traits::kConsumers], q_empty[Traits::kStagesQ * Traits::kConsumers];
     uint64_t k_full[Traits::kStages], k_empty[Traits::kStages], v_full[Traits::kStages], v_empty[Traits::kStages];
-    // A tile that is worked on, and the one before it or after it.
-    static constexpr int kTiles = 2;
-    uint64_t tile_full[kTiles], tile_empty[kTiles];
-    Work<Forward> work[kTiles];
-    bool exhausted[kTiles];      // there is no tile any more
+    uint64_t tile_full, tile_empty;
+    int tile;
     Note note[Traits::kStages];  // with K
   };
   static constexpr int kTileBytes = 2 * Traits::kStages * TileK::kBytes +
@@ -65,25 +62,11 @@ struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
 };
 
-// Tells the others which tiles are the block's, one after the other: by turns, or, where their costs differ, whoever is
-// free gets the next. One thread finds out where a tile lies and what it sees, a tile ahead: that takes 700 cycles.
 template <class F>
-__device__ void announce_tiles(const ForwardArguments& a, typename F::Barriers* bars) {
-  int* counter = a.p.tile_counter;
-  Stage<F::Barriers::kTiles> at(1);
-  int tile = blockIdx.x;
-#pragma unroll 1
-  for (bool exhausted = false; !exhausted; at.next()) {
-    barrier_wait(smem_address(bars->tile_empty + at.index), at.parity);
-    exhausted = tile >= a.total;
-    bars->exhausted[at.index] = exhausted;
-    if (!exhausted) bars->work[at.index] = Work<F>(a, tile);
-    barrier_arrive(smem_address(bars->tile_full + at.index));
-    tile = counter ? static_cast<int>(gridDim.x) + atomicAdd(counter, 1) : tile + static_cast<int>(gridDim.x);
-  }
+__device__ TileQueue<typename F::Barriers> tiles_of(const ForwardArguments& a, typename F::Barriers* bars) {
+  return {a.p.tile_counter, a.total, bars};
 }
 
-// Copies the tiles of Q, K and V.
 template <class F>
 __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Barriers* bars, uint32_t tile_q,
                                         uint32_t tile_k, uint32_t tile_v) {
@@ -91,7 +74,6 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
   using TileK = typename F::TileK;
   Stage<F::kStages> k(1), v(1);
   Stage<F::kStagesQ> q(1);
-  Stage<F::Barriers::kTiles> tiles(0);
   const auto copy = [&](Stage<F::kStages>& stage, uint64_t* full, uint32_t tile, const CUtensorMap* map, int row,
                         int head, int batch) {
     const uint32_t bar = smem_address(full + stage.index);
@@ -100,10 +82,8 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     stage.next();
   };
 #pragma unroll 1
-  for (;; barrier_arrive(smem_address(bars->tile_empty + tiles.index)), tiles.next()) {
-    barrier_wait(smem_address(bars->tile_full + tiles.index), tiles.parity);
-    if (bars->exhausted[tiles.index]) return;
-    const Work<F>& work = bars->work[tiles.index];
+  for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.next(false)) {
+    const Work<F> work(a, queue.tile());
     if (!work.exists()) continue;
     const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
     const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;

@@ -106,32 +106,13 @@ __device__ __forceinline__ void async_fence_shared() { asm volatile("fence.proxy
 __device__ __forceinline__ void async_fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // --- flags in global memory ---
-// An acquiring load empties the L1 cache, local memory's lines as well: whoever waits asks with relaxed loads, and
-// acquires once.
-__device__ __forceinline__ int load_relaxed(const int* from) {
-  int v;
-  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-  return v;
-}
 __device__ __forceinline__ int load_acquire(const int* from) {
   int v;
   asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
   return v;
 }
-// Until a flag that only grows is `value`.
-__device__ __forceinline__ void await_flag(const int* flag, int value) {
-  while (load_relaxed(flag) != value) __nanosleep(20);
-  load_acquire(flag);
-}
 __device__ __forceinline__ void add_release(int* to, int v) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
-// Hands out the next number. `inc` and not `add`, which the assembler would turn into one addition a warp, whose result
-// the warp waits for at once.
-__device__ __forceinline__ int take_number(int* counter) {
-  int number;
-  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0xffffffff;" : "=r"(number) : "l"(counter) : "memory");
-  return number;
 }
 // Returns what was there before.
 __device__ __forceinline__ int fetch_add(int* to, int v) {
@@ -144,11 +125,6 @@ __device__ __forceinline__ int fetch_add(int* to, int v) {
 __device__ __forceinline__ float2 load_shared_float2(uint32_t addr) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr));
-  return v;
-}
-__device__ __forceinline__ float4 load_shared_float4(uint32_t addr) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr));
   return v;
 }
 __device__ __forceinline__ void store_shared_float4(uint32_t addr, const float (&v)[4]) {

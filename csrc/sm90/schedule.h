@@ -22,9 +22,8 @@ inline int multiprocessors() {
 
 // How many of `all` heads, a divisor of it, to work on at once: so many that what they share stays in the L2 cache, 32
 // MB of whose 50 are what the other traffic leaves, and at most `most`, but no fewer than have a tile for nine
-// multiprocessors of ten. With
-// fewer the longest tiles of the last heads begin when there is little else left: backward, causal, 16 query heads on
-// 4, 8k keys, a schedule of 1.24 times the ideal becomes one of 1.01.
+// multiprocessors of ten. With fewer the longest tiles of the last heads begin when there is little else left:
+// backward, causal, 16 query heads on 4, 8k keys, a schedule of 1.24 times the ideal becomes one of 1.01.
 inline int section_size(int all, int64_t bytes_each, int64_t tiles_each, int64_t most) {
   const int64_t fits = (32 << 20) / std::max<int64_t>(bytes_each, 1);
   const int64_t busy = (multiprocessors() * 9 / 10 + tiles_each - 1) / std::max<int64_t>(tiles_each, 1);
@@ -62,13 +61,8 @@ struct Stage {
   }
 };
 
-// Which rows of which head and sequence a tile has, for whoever writes them.
-struct Rows {
-  int row0, head, batch, seqlen_q, offset_q;
-};
-
-// One tile of work. Within a section, which shares keys in the L2 cache, the last rows come first: under a causal mask
-// they take longest.
+// One tile of work, the same for whoever asks. Within a section, which shares keys in the L2 cache, the last rows come
+// first: under a causal mask they take longest.
 template <class F>
 struct Work {
   int row0, head;
@@ -95,40 +89,47 @@ struct Work {
   }
 };
 
-// Hands out numbers of items to the roles of a thread block: one thread fetches ahead from a counter in global memory
-// and tells the others through shared memory.
+// Hands out tiles: by turns, or, where their costs differ, to whoever is free. Then one thread of the block fetches
+// ahead from a counter in global memory and tells the others through shared memory.
 template <class Barriers>
-class ItemQueue {
+class TileQueue {
  public:
-  __device__ ItemQueue(int* counter, int total, Barriers* bars)
-      : counter_(counter), total_(total), bars_(bars), item_(blockIdx.x) {}
+  __device__ TileQueue(int* counter, int total, Barriers* bars)
+      : counter_(counter), total_(total), bars_(bars), tile_(blockIdx.x) {}
 
-  __device__ bool valid() const { return item_ < total_; }
-  __device__ int item() const { return item_; }
+  __device__ bool valid() const { return tile_ < total_; }
+  __device__ int tile() const { return tile_; }
 
   // For whole warps, or for one thread that stands for its warp.
   __device__ void next(bool whole_warp) {
-    barrier_wait(smem_address(&bars_->item_full), parity_);
-    item_ = *static_cast<volatile int*>(&bars_->item);
-    if (whole_warp) item_ = uniform(item_);
-    if (!whole_warp || threadIdx.x % 32 == 0) barrier_arrive(smem_address(&bars_->item_empty));
+    if (!counter_) {
+      tile_ += gridDim.x;
+      return;
+    }
+    barrier_wait(smem_address(&bars_->tile_full), parity_);
+    tile_ = *static_cast<volatile int*>(&bars_->tile);
+    if (whole_warp) tile_ = uniform(tile_);
+    if (!whole_warp || threadIdx.x % 32 == 0) barrier_arrive(smem_address(&bars_->tile_empty));
     parity_ ^= 1;
   }
 
-  // What the fetching thread does, once an item: as soon as the one before is everyone's, the next is announced.
-  __device__ void fetch() {
-    const int item = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
-    barrier_wait(smem_address(&bars_->item_empty), fetch_parity_);
-    *static_cast<volatile int*>(&bars_->item) = item;
-    barrier_arrive(smem_address(&bars_->item_full));
+  // What the fetching thread does, once a tile: as soon as the one before is everyone's, the next is announced. False
+  // after the last.
+  __device__ bool fetch() {
+    if (!counter_) return false;
+    const int tile = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
+    barrier_wait(smem_address(&bars_->tile_empty), fetch_parity_);
+    *static_cast<volatile int*>(&bars_->tile) = tile;
+    barrier_arrive(smem_address(&bars_->tile_full));
     fetch_parity_ ^= 1;
+    return tile < total_;
   }
 
  private:
   int* counter_;
   int total_;
   Barriers* bars_;
-  int item_;
+  int tile_;
   uint32_t parity_ = 0, fetch_parity_ = 1;
 };
 

@@ -419,6 +419,7 @@ def test_on_the_device(engine):
         for _ in range(2):  # again with pinned memory that was used before
             torch.manual_seed(3)
             model.zero_grad(set_to_none=True)
+            loss = None  # whose graph holds what was kept for it
             start = torch.cuda.memory_allocated()
             loss = model(input_ids=ids, labels=ids).loss
             torch.cuda.synchronize()
