@@ -103,7 +103,7 @@ class ContextReport:
 
     def __str__(self) -> str:
         rows = [("model", self.model), ("context", self.summary), *self.lines()]
-        return "\n".join(f"{label:<18}{text}" for label, text in rows)
+        return _columns(rows)
 
     def _repr_html_(self) -> str:
         rows = [("model", self.model), ("context", self.summary), *self.lines()]
@@ -167,17 +167,16 @@ class Report:
         return facts if self.mask is None else [*facts, ("mask", self.mask)]
 
     def __str__(self) -> str:
-        lines = [f"{label:<9}{value}" for label, value in self.facts()]
+        rows = self.facts()
         for row in self.modules:
             what = (
                 f"{row.before} -> {row.after}" if row.before != row.after else f"{row.after}, kept"
             )
             shape = f" ({row.shape})" if row.shape else ""
-            lines.append(f"attention {row.count} x {row.class_name}{shape}: {what}")
+            rows.append(("attention", f"{row.count} x {row.class_name}{shape}: {what}"))
             if row.reason:
-                lines.append(f"          reason: {row.reason}")
-        lines += [f"{'note':<9}{note}" for note in self.notes]
-        return "\n".join(lines)
+                rows.append(("", f"reason: {row.reason}"))
+        return _columns(rows + [("note", note) for note in self.notes])
 
     def _repr_html_(self) -> str:
         def cells(values: list[str], tag: str = "td") -> str:
@@ -197,3 +196,9 @@ class Report:
         return f"<table>{facts}</table><table>{header}{rows}</table>" + (
             f"<ul>{notes}</ul>" if notes else ""
         )
+
+
+def _columns(rows: list[tuple[str, str]]) -> str:
+    """Labels and texts, a row a line."""
+    width = max(len(label) for label, _ in rows) + 2
+    return "\n".join(f"{label:<{width}}{text}" for label, text in rows)

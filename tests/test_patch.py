@@ -400,6 +400,13 @@ def test_report_escapes_html():
     assert "own, kept" in str(report) and "no limit" in str(report)
 
 
+def test_report_has_columns():
+    model = tiny_model(AutoModelForCausalLM, "gpt2")
+    lines = str(hfp.patch(model, max_length=256)).splitlines()
+    assert any(line.startswith("learned positions  transformer.wpe") for line in lines)
+    assert all(line[17:19] == "  " and line[19] != " " for line in lines)
+
+
 def test_settings_are_json_in_the_config(llama, tmp_path):
     hfp.patch(llama, backend="torch")
     llama.save_pretrained(tmp_path)

@@ -460,9 +460,9 @@ def test_a_stale_config_is_refused(llama):
 def test_the_report(llama):
     report = hfp.extend_context(llama, 256)
     assert str(report).splitlines()[:3] == [
-        "model             LlamaForCausalLM",
-        "context           64 -> 256 tokens (yarn)",
-        "RoPE              model.rotary_emb: yarn (factor 4 is above 2: the least loss without "
+        "model    LlamaForCausalLM",
+        "context  64 -> 256 tokens (yarn)",
+        "RoPE     model.rotary_emb: yarn (factor 4 is above 2: the least loss without "
         "training, and the fewest steps of fine-tuning)",
     ]
     assert report.to_dict()["parts"][0]["method"] == "yarn"
