@@ -11,9 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hf_flash_patch.testing.sources import size_of
+from hf_flash_patch.testing.text import byte_pairs, cut
 
 from .loop import alone, save
-from .text import Distinct, byte_pairs, encode, own_files, read
+from .text import SPECIAL, Distinct, encode, own_files, read
 
 LARGEST_TEST_SHARE = 0.05  # of all text, of one package held out: most text is to learn from
 EVERY = 3  # of the packages that may be held out, one is
@@ -79,10 +80,10 @@ def _make(
         [_joined(files[name], most, distinct) for name in names]
         for names in (train_names, test_names)
     )
-    tokenizer = byte_pairs((text[:TOKENIZER_TEXT] for text in train_texts), vocab_size)
+    tokenizer = byte_pairs((text[:TOKENIZER_TEXT] for text in train_texts), vocab_size, SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
     streams = dict(zip(test_names, encode(tokenizer, test_texts), strict=True))
-    test, sources = _documents(streams, documents, length + 1)
+    test, sources = cut(streams, documents, length + 1)
     written = sum(len(text.encode()) for text in test_texts)
     save(
         cache,
@@ -113,24 +114,6 @@ def _joined(files: Iterable[Path], most: int, distinct: Distinct) -> str:
             parts.append(f"# {file.name}\n{text}\n")
             size += len(text)
     return "".join(parts)
-
-
-def _documents(streams: dict[str, Tensor], count: int, length: int) -> tuple[Tensor, list[str]]:
-    """Up to `count` documents of `length` tokens, in turns from the packages that have them."""
-    cut = {
-        name: list(ids[: len(ids) // length * length].view(-1, length))
-        for name, ids in streams.items()
-    }
-    found: list[Tensor] = []
-    sources: list[str] = []
-    while len(found) < count and any(cut.values()):
-        for name, left in cut.items():
-            if left and len(found) < count:
-                found.append(left.pop(0))
-                sources.append(name)
-    if not found:
-        raise SystemExit(f"no package held out has {length} tokens; read more of each")
-    return torch.stack(found), sources
 
 
 class Blocks:

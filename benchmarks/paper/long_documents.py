@@ -37,12 +37,13 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_flash_patch as hfp
+from hf_flash_patch.testing.text import byte_pairs
 
 from . import long_documents_report as report
 from .fit import Recipe, Spent, fit
 from .loop import Clock, OutOfTime, adamw, alone, precision, save
 from .masked_sources import documents
-from .text import PAD, START, byte_pairs, encode
+from .text import PAD, SPECIAL, START, encode
 
 LARGEST = 6  # characters of a document that are masked, for each token of the longest length
 TEST_SHARE = 0.2
@@ -196,7 +197,7 @@ def _make(cache: Path, preset: Preset) -> None:
     longest = max(preset.lengths)
     found = documents(preset.classes, preset.smallest, LARGEST * longest, preset.most, TEST_SHARE)
     to_learn = [document.text for document in found if not document.test]
-    tokenizer = byte_pairs(to_learn, preset.vocab_size)
+    tokenizer = byte_pairs(to_learn, preset.vocab_size, SPECIAL)
     start = torch.tensor([START], dtype=torch.int32)
     tokens = encode(tokenizer, [document.text for document in found])
     names = list(dict.fromkeys(document.package for document in found))

@@ -1,13 +1,13 @@
-"""Text for measurements: files without near-copies, a tokenizer, tokens."""
+"""Text for measurements: files without near-copies, tokens."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from hf_flash_patch.testing.sources import installed, size_of
@@ -61,23 +61,6 @@ class Distinct:
             return False
         self._seen |= runs
         return True
-
-
-def byte_pairs(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE; every digit is a token, and the first three are `SPECIAL`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tensor]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from hf_flash_patch.testing.sources import packages, split
+from hf_flash_patch.testing.text import byte_pairs, cut
 
 KEY_DIGITS = 5
 
@@ -52,7 +52,7 @@ def corpus(
         train_names, test_names = split(texts)
         tokenizer = train_tokenizer((texts[name] for name in train_names), vocab_size)
         tokenizer.save_pretrained(folder)
-        test, sources = _documents(
+        test, sources = cut(
             {name: encode(tokenizer, texts[name]) for name in test_names},
             documents,
             document_tokens,
@@ -67,18 +67,8 @@ def corpus(
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE of the first 100 kB of each text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>", "<mask>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text[:100_000] for text in texts), trainer)
+    special = ["<pad>", "<s>", "</s>", "<mask>"]
+    tokenizer = byte_pairs((text[:100_000] for text in texts), vocab_size, special)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -88,22 +78,6 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     pieces = [text[i : i + 50_000] for i in range(0, len(text), 50_000)]
     found = tokenizer(pieces, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return torch.cat([torch.tensor(ids, dtype=torch.int32) for ids in found["input_ids"]])
-
-
-def _documents(streams: dict[str, Tensor], count: int, length: int) -> tuple[Tensor, list[str]]:
-    """Up to `count` documents of `length` tokens, in turns from the packages that have them."""
-    cut = {
-        name: list(s[: len(s) // length * length].view(-1, length)) for name, s in streams.items()
-    }
-    found, sources = [], []
-    while len(found) < count and any(cut.values()):
-        for name, left in cut.items():
-            if left and len(found) < count:
-                found.append(left.pop(0))
-                sources.append(name)
-    if not found:
-        raise ValueError(f"no test package has {length} tokens; ask for more megabytes of text")
-    return torch.stack(found), sources
 
 
 class Passkeys:

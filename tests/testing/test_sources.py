@@ -1,6 +1,9 @@
-"""Installed packages as text."""
+"""Installed packages as text, and texts as tokens."""
 
-from hf_flash_patch.testing import sources
+import pytest
+import torch
+
+from hf_flash_patch.testing import sources, text
 
 
 def test_no_text_is_in_both_splits(monkeypatch, tmp_path):
@@ -14,3 +17,17 @@ def test_no_text_is_in_both_splits(monkeypatch, tmp_path):
     assert sources.split(texts) == (["a", "d"], ["b"])
     cut = dict(sources.packages(1500))
     assert sum(map(len, cut.values())) < 1900
+
+
+def test_documents_are_cut_in_turns():
+    streams = {"a": torch.arange(7), "b": torch.arange(10, 12), "c": torch.arange(20, 26)}
+    found, names = text.cut(streams, 4, 2)
+    assert names == ["a", "b", "c", "a"] and found.tolist() == [[0, 1], [10, 11], [20, 21], [2, 3]]
+    with pytest.raises(ValueError, match="no source of a, b, c has 8 tokens"):
+        text.cut(streams, 4, 8)
+
+
+def test_byte_pairs():
+    tokenizer = text.byte_pairs(["def f(x): return 42"] * 9, 300, ["<pad>"])
+    ids = tokenizer.encode("return 42").ids
+    assert tokenizer.decode(ids) == "return 42" and 0 not in ids and len(ids) < 9
