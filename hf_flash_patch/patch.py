@@ -86,14 +86,13 @@ def patch(
             tokenizer was given without max_length. The model is as it was.
         MaskError: mask is neither, or has patterns for other numbers of heads.
     """
-    _refuse_wrapped(model)
     roots = pretrained_roots(model)
     if not roots:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model and holds none; patch takes a "
-            "PreTrainedModel, a "
-            "PeftModel, or a module around one."
+            "PreTrainedModel that is loaded, a PeftModel, or a module around one."
         )
+    _refuse_wrapped(model)
     for root in roots:
         _refuse_patched(root)
     backend = _chosen_backend(backend, roots[0].config)

@@ -102,7 +102,11 @@ class ContextReport:
         return found + [("note", note) for note in self.notes]
 
     def __str__(self) -> str:
-        rows = [("model", self.model), ("context", self.summary), *self.lines()]
+        return self.text()
+
+    def text(self, *more: tuple[str, str]) -> str:
+        """The report, and more rows of a label and a text."""
+        rows = [("model", self.model), ("context", self.summary), *self.lines(), *more]
         return _columns(rows)
 
     def _repr_html_(self) -> str:

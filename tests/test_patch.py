@@ -216,6 +216,8 @@ def test_sharded_models_are_refused(llama):
 def test_what_is_not_a_model_is_refused():
     with pytest.raises(hfp.UnsupportedModelError, match="Linear is not a transformers model"):
         hfp.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(hfp.UnsupportedModelError, match="str is not a transformers .* is loaded"):
+        hfp.patch("a/checkpoint")
 
 
 def test_wrappers_are_looked_through(llama):

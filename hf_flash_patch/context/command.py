@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace, say: Callable[[str], Any]) -> None:
         raise ContextExtensionError(
             f"--out {out} is not empty; name a folder that is, or a new one."
         )
+    if arguments.path.startswith(("/", ".")) and not Path(arguments.path).exists():
+        raise ContextExtensionError(f"there is no {arguments.path}.")  # a hub's name has neither
     model = _model_class(arguments.path).from_pretrained(arguments.path, dtype="auto")
     tokenizer = _tokenizer(arguments.path)
     report = extend_context(
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], Any]) -> None:
     model.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
-    say(f"{report}\n{'written':<18}{out}")
+    say(report.text(("written", str(out))))
 
 
 def _model_class(path: str) -> Any:

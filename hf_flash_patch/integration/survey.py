@@ -115,9 +115,11 @@ def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
 
 def pretrained_roots(model: nn.Module) -> list[PreTrainedModel]:
     """The topmost transformers models in `model`: itself, or what a wrapper (peft, DDP, ...)
-    holds."""
+    holds; none in what is no module, such as a checkpoint's name."""
     if isinstance(model, PreTrainedModel):
         return [model]
+    if not isinstance(model, nn.Module):
+        return []
     return [root for child in model.children() for root in pretrained_roots(child)]
 
 

@@ -107,14 +107,14 @@ def changing(
         UnsupportedModelError: it holds none or several, is compiled or sharded, or has the
             technique or one that it does not go with.
     """
-    for where, what in compiled_or_sharded(model):
-        raise UnsupportedModelError(f"{where} is {what}; apply {name} before that.")
     roots = pretrained_roots(model)
     if len(roots) != 1:
         raise UnsupportedModelError(
             f"{name} takes one transformers model, a PeftModel, or a module around one; "
             f"{type(model).__name__} holds {len(roots)}."
         )
+    for where, what in compiled_or_sharded(model):
+        raise UnsupportedModelError(f"{where} is {what}; apply {name} before that.")
     names = _applied.setdefault(roots[0], set())
     if name in names:
         raise UnsupportedModelError(

@@ -323,7 +323,8 @@ def check_options(
         raise UnsupportedKernelError(
             f"softmax_scale is {softmax_scale}; it has to be finite. None means head_dim ** -0.5."
         )
-    if len(window_size) != 2 or not all(map(_is_side, window_size)):
+    sides = window_size if isinstance(window_size, (tuple, list)) else ()
+    if len(sides) != 2 or not all(map(_is_side, sides)):
         raise MaskError(
             f"window_size is {window_size!r}; it has to be two ints (left, right), tokens on "
             "either side of the diagonal, with -1 for no limit."

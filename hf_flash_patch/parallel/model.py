@@ -58,15 +58,15 @@ def sequence_parallel(
         ParallelError: the model is not patched as a whole, mixes tokens in other ways than
             attention, or its heads do not divide. The model is as it was.
     """
-    for where, what in compiled_or_sharded(model):
-        if what == "compiled":
-            raise ParallelError(f"{where} is compiled; share its sequences before that.")
     roots = pretrained_roots(model)
     if len(roots) != 1:
         raise ParallelError(
             f"sequence_parallel takes one transformers model; {type(model).__name__} holds "
             f"{len(roots)}."
         )
+    for where, what in compiled_or_sharded(model):
+        if what == "compiled":
+            raise ParallelError(f"{where} is compiled; share its sequences before that.")
     root = roots[0]
     modules = _attention_of(root)
     config = root.config.get_text_config()

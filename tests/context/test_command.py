@@ -22,7 +22,7 @@ def test_writes_a_checkpoint_that_takes_longer_inputs(llama, tmp_path, capsys):
     command = ["extend", str(llama), "--max-length", "256", "--rope", "yarn", "--out", str(out)]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "64 -> 256 tokens (yarn)" in said and f"written           {out}" in said
+    assert "64 -> 256 tokens (yarn)" in said and f"written  {out}" in said
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.max_position_embeddings == 256 and model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(out).model_max_length == 256
@@ -61,6 +61,6 @@ def test_neither_overwrites_nor_invents(llama, tmp_path, capsys):
     command = ["extend", str(llama), "--max-length", "128", "--out"]
     assert main([*command, str(llama)]) == 1
     assert "is not empty" in capsys.readouterr().err
-    command[1] = str(tmp_path / "nothing")
+    command[1] = nothing = str(tmp_path / "nothing")
     assert main([*command, str(tmp_path / "out")]) == 1
-    assert "hfp extend: " in capsys.readouterr().err
+    assert f"hfp extend: there is no {nothing}." in capsys.readouterr().err

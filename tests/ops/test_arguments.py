@@ -62,6 +62,7 @@ OPTIONS = {
     "scale": ({"softmax_scale": INF}, r"softmax_scale is inf; it has to be finite"),
     "window": ({"window_size": (-2, 0)}, r"window_size is \(-2, 0\); it has to be two ints"),
     "window float": ({"window_size": (1.0, 0)}, r"window_size is \(1.0, 0\)"),
+    "window one": ({"window_size": 3}, "window_size is 3; it has to be two ints"),
     "window length": ({"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\)"),
     "alibi shape": (
         {"alibi_slopes": torch.ones(3)},
