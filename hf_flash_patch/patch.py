@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .context import Extension, plan_extension
+from .context.plan import record_of
 from .errors import (
     ContextExtensionError,
     MaskError,
@@ -155,7 +156,7 @@ class Patch:
                 texts = extension.apply(undo)
             for root, plan in zip(roots, plans, strict=True):
                 plan.warnings += switch(root, plan.modules, plan.settings, undo)
-                set_patterns(root, plan.assigned, undo)
+                set_patterns(root, plan.of("served"), plan.assigned, undo)
                 unpadding.remove_padding(root, plan.encoders, undo)
             self.reports = tuple(
                 _report(root, plan, extension) for root, plan in zip(roots, plans, strict=True)
@@ -346,7 +347,8 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
         backend=backend,
         dtype=str(parameter.dtype).removeprefix("torch."),
         device=str(parameter.device),
-        max_length=getattr(text_config, "max_position_embeddings", None),
+        max_length=record_of(text_config).get("max_length")  # dynamic RoPE leaves the other
+        or getattr(text_config, "max_position_embeddings", None),
         modules=tuple(ModuleRow(k[0], count, *k[1:]) for k, count in rows.items()),
         mask=describe(plan.assigned) if plan.assigned else None,
         notes=tuple(notes),

@@ -136,14 +136,20 @@ def _short(pattern: Pattern) -> str:
 
 
 def set_patterns(
-    root: PreTrainedModel, assigned: list[Assigned], undo: contextlib.ExitStack
+    root: PreTrainedModel,
+    modules: list[AttentionModule],
+    assigned: list[Assigned],
+    undo: contextlib.ExitStack,
 ) -> None:
-    """Give each module its pattern; `undo` collects the way back."""
-    for entry in assigned:
-        if entry.pattern is not None:
-            module = root.get_submodule(entry.name)
-            undo.callback(_forget, weakref.ref(module))
-            setattr(module, PATTERN_ATTRIBUTE, entry.pattern)
+    """Give each module its pattern, None to those that are not `assigned`, where any is; `undo`
+    collects the way back."""
+    if not assigned:
+        return
+    patterns = {entry.name: entry.pattern for entry in assigned}
+    for entry in modules:
+        module = root.get_submodule(entry.name)
+        undo.callback(_forget, weakref.ref(module))
+        setattr(module, PATTERN_ATTRIBUTE, patterns.get(entry.name))
 
 
 def _forget(reference: weakref.ref[nn.Module]) -> None:

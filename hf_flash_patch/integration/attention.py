@@ -6,6 +6,7 @@ head_dim); the difference is a view. transformers' words (query, scaling, attent
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from .masking import AttentionMask
 from .outputs import wanted
 from .request import Request
 from .sharing import share_of
-from .sparse import pattern_of, with_pattern
+from .sparse import PATTERN_ATTRIBUTE, pattern_of, with_pattern
 
 # Arguments some models hand to an attention function that change its result and that are not
 # served. Anything else unknown is a hint for other implementations.
@@ -101,12 +102,13 @@ def hfp_attention(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
 
+    settings = getattr(getattr(module, "config", None), "hfp", None) or {}
     options: dict[str, Any] = {
         "softmax_scale": float(query.shape[-1] ** -0.5 if scaling is None else scaling),
         "softcap": float(softcap or 0.0),
         "dropout_p": float(dropout),
         "deterministic": deterministic,
-        "backend": _backend(module),
+        "backend": settings.get("backend", "auto"),
     }
     share = share_of(module)
     if share is not None:
@@ -118,6 +120,8 @@ def hfp_attention(
     pattern = pattern_of(module)
     if pattern is not None:
         mask = with_pattern(mask, pattern, query, key)
+    elif "mask" in settings and not hasattr(module, PATTERN_ATTRIBUTE):
+        _warn_of_mask(module, settings["mask"])
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
 
@@ -206,10 +210,15 @@ def _is_cross(module: nn.Module) -> bool:
     return getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
 
 
-def _backend(module: nn.Module) -> str:
-    """The backend that patch() wrote into the model's config."""
-    settings = getattr(getattr(module, "config", None), "hfp", None) or {}
-    return settings.get("backend", "auto")
+def _warn_of_mask(module: nn.Module, mask: Any) -> None:
+    """Of a model that was saved with a mask and loaded with the attention's name alone."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{type(module).__name__}: config.hfp keeps the mask {mask}, which "
+            'attn_implementation="hfp" alone does not apply. Call hf_flash_patch.patch(model), or '
+            "take it out of config.hfp.",
+            stacklevel=2,
+        )
 
 
 def _with_bias(arguments: MaskArguments, bias: torch.Tensor | None) -> MaskArguments:

@@ -214,3 +214,11 @@ def test_a_longer_context_and_a_mask_in_one_line(llama, tmp_path):
     unmasked = _logits(reloaded, 200)
     assert_close(unmasked[:, :16], expected[:, :16], "within the window")
     assert not torch.allclose(unmasked, expected)
+
+
+def test_a_reloaded_model_says_how_far_it_goes(llama, tmp_path):
+    """Dynamic scaling leaves max_position_embeddings; the report knows better."""
+    with hfp.patched(llama, max_length=128, rope="dynamic"):
+        llama.save_pretrained(tmp_path)
+    text = str(hfp.patch(AutoModelForCausalLM.from_pretrained(tmp_path)))
+    assert "context    128 tokens (unchanged)" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_a_mask_for_each_layer():
         with hfp.patched(model, mask=lambda layer: patterns[layer]) as patch:
             ours = model(ids).logits
             assert model.config.hfp["mask"] == {"0": "sliding_window(3)"}
-            text = "mask     layers 0: sliding_window(3); layers 1: none of its own"
+            text = "mask       layers 0: sliding_window(3); layers 1: none of its own"
             assert text in str(patch)
             hfp.unpatch(model)
         again = _with_mask_in_layer(model, 0, masks.sliding_window(3), ids)
@@ -186,7 +187,7 @@ def test_kept_in_the_config(tmp_path):
     pattern = masks.sliding_window(6) | masks.bigbird(3, 1, 1, block=8)
     ids = token_ids(2, LONG)
     patch = hfp.patch(model, mask=pattern)
-    assert f"mask     {pattern}" in str(patch) and patch.to_dict()["mask"] == str(pattern)
+    assert f"mask       {pattern}" in str(patch) and patch.to_dict()["mask"] == str(pattern)
     assert "<td>mask</td>" in patch._repr_html_()
     assert json.loads(json.dumps(model.config.hfp)) == {"backend": "auto", "mask": str(pattern)}
     model.save_pretrained(tmp_path)
@@ -358,3 +359,20 @@ def test_windows_of_the_models_own_stay(family):
             assert_close(model(ids, attention_mask=real).logits[keep], expected, "logits")
         with hfp.patched(model, mask=masks.sliding_window(4) | masks.full()):
             assert_close(model(ids, attention_mask=real).logits[keep], plain, "logits of all")
+
+
+def test_a_mask_that_the_name_alone_does_not_apply(tmp_path):
+    """Saved with a mask: patch() applies it; loaded by the attention's name, a warning."""
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    ids = token_ids(1, 40)
+    with hfp.patch(model, mask=masks.sliding_window(4)):
+        expected = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+    by_name = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="hfp").eval()
+    with pytest.warns(UserWarning, match=r"keeps the mask sliding_window\(4\).*Call hf_flash_p"):
+        by_name(input_ids=ids)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hfp.patch(again)
+        assert_close(again(input_ids=ids).logits, expected, "logits")
