@@ -10,10 +10,9 @@ _CHUNK = 1024  # tiles that are unpacked at once
 
 def pack_bits(blocks: torch.Tensor) -> torch.Tensor:
     """int32 (..., m / 32) of bool (..., m): bit j % 32 of word j // 32 is element j."""
-    weight = torch.ones((), dtype=torch.int64, device=blocks.device)
-    weight = weight << torch.arange(8, device=blocks.device)
-    octets = blocks.unflatten(-1, (-1, 8)).to(torch.uint8)
-    octets = (octets * weight.to(torch.uint8)).sum(dim=-1, dtype=torch.uint8)
+    bit = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    octets = blocks.unflatten(-1, (-1, 8)).view(torch.uint8) << bit
+    octets = octets.sum(dim=-1, dtype=torch.uint8)
     return octets.contiguous().view(torch.int32)  # little-endian, as every device of torch is
 
 

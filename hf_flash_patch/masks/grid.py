@@ -11,11 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-
-# States that are computed at once where a pattern has no runs of its own.
-_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,33 @@ class Grid:
 
     def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
         """First position of each block of queries and one past its last, int64 (rows,)."""
-        begin = torch.arange(self.rows) * self.block
-        end = (begin + self.block).clamp(max=self.seqlen_q)
-        return begin + self.q_start, end + self.q_start
+        return self._bounds(self.q_start, self.q_start + self.seqlen_q)
 
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         """First position of each block of keys and one past its last, int64 (columns,)."""
-        begin = torch.arange(self.columns) * self.block
-        end = (begin + self.block).clamp(max=self.seqlen_k)
-        return begin + self.k_start, end + self.k_start
+        return self._bounds(self.k_start, self.k_start + self.seqlen_k)
+
+    def first_blocks(self) -> torch.Tensor:
+        """int64 (rows,), row * columns: the number of each row's first block."""
+        return torch.arange(0, self.rows * self.columns, self.columns)
+
+    def _bounds(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = torch.arange(start, stop, self.block)
+        return begin, (begin + self.block).clamp(max=stop)
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """For each row of blocks, where a run of blocks of one state starts.
+    """Where runs of blocks of one state start, the grid's rows one after the other.
+
+    A run ends where the next one starts, in its row or below. Where runs start at one block, the
+    last of them counts and the others have no blocks: to leave them out would take a
+    synchronisation, and they cost less.
 
     Attributes:
         grid: what the rows and columns are.
-        key: int64, row * columns + first column of a run, increasing; each row has a run at 0.
-        state: uint8, of `EMPTY`, `PARTIAL`, `FULL`.
+        key: int64 (n,), row * columns + column of a run's first block, not falling, from 0.
+        state: uint8 (n,), of `EMPTY`, `PARTIAL`, `FULL`.
     """
 
     grid: Grid
@@ -83,35 +89,34 @@ class Runs:
     def _combine(
         self, other: Runs, rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Runs:
-        key = torch.cat((self.key, other.key)).unique()
+        key = torch.cat((self.key, other.key)).sort()[0]
         mine, others = (
             runs.state[torch.searchsorted(runs.key, key, right=True) - 1] for runs in (self, other)
         )
-        return Runs(self.grid, key, rule(mine, others))._merged()
-
-    def _merged(self) -> Runs:
-        """Without a run that only continues the one before it."""
-        starts = self.key % self.grid.columns == 0
-        starts[1:] |= self.state[1:] != self.state[:-1]
-        return Runs(self.grid, self.key[starts], self.state[starts])
+        return Runs(self.grid, key, rule(mine, others))
 
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Row, column (int64) and state of every block that is not empty, in order."""
+        """Row, column (int32) and state of every block that is not empty, in order."""
+        blocks = self.grid.rows * self.grid.columns
+        length = pad(self.key, (0, 1), value=blocks).diff() * (self.state != EMPTY)
+        end = length.cumsum(0)  # of each run's blocks in the result
+        count = int(end[-1])
+        run = torch.repeat_interleave(length, output_size=count)
+        # A window of 4096 has ten times as many blocks as runs; int32 halves their bytes.
+        dtype = torch.int32 if blocks < 2**31 else torch.int64
+        block = torch.arange(count, dtype=dtype) + (self.key + length - end).to(dtype)[run]
         columns = self.grid.columns
-        end = torch.cat((self.key[1:], self.key.new_tensor([self.grid.rows * columns])))
-        alive = self.state != EMPTY
-        key, state = self.key[alive], self.state[alive]
-        length = end[alive] - key
-        first = length.cumsum(0) - length  # where each run's blocks start in the result
-        place = torch.arange(int(length.sum())) - first.repeat_interleave(length)
-        block = key.repeat_interleave(length) + place
-        return block // columns, block % columns, state.repeat_interleave(length)
+        return (block // columns).int(), (block % columns).int(), self.state[run]
+
+
+def states_of(count: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """uint8 states of what has `size` elements > 0, of which `count` are seen."""
+    return (count > 0).view(torch.uint8) + (count == size)
 
 
 def everywhere(grid: Grid, state: int) -> Runs:
     """One state for all blocks."""
-    key = torch.arange(grid.rows) * grid.columns
-    return Runs(grid, key, torch.full_like(key, state, dtype=torch.uint8))
+    return Runs(grid, torch.zeros(1, dtype=torch.int64), torch.full((1,), state, dtype=torch.uint8))
 
 
 def from_intervals(
@@ -129,50 +134,45 @@ def from_intervals(
             outside.
         all_begin, all_end: every query of the row sees every key inside.
     """
-
-    def local(position: torch.Tensor | int) -> torch.Tensor:
-        position = torch.as_tensor(position, dtype=torch.int64)
-        return (position - grid.k_start).clamp(0, grid.seqlen_k).expand(grid.rows)
-
-    some, last = local(any_begin), local(any_end)
-    full, end = local(all_begin), local(all_end)
-    a, d = some // grid.block, -(-last // grid.block)
-    d = torch.where(last > some, d, a)
-    b = -(-full // grid.block)
-    c = torch.where(end == grid.seqlen_k, grid.columns, end // grid.block)
-    b, c = torch.where(b < c, b, a), torch.where(b < c, c, a)  # a: nothing is full
-    start = torch.stack((torch.zeros_like(a), a, b, c, d), dim=1)  # (rows, 5)
-    stop = torch.cat((start[:, 1:], torch.full_like(a, grid.columns)[:, None]), dim=1)
-    state = torch.tensor([EMPTY, PARTIAL, FULL, PARTIAL, EMPTY], dtype=torch.uint8)
-    key = torch.arange(grid.rows)[:, None] * grid.columns + start
-    there = start < stop
-    return Runs(grid, key[there], state.expand(grid.rows, -1)[there])._merged()
-
-
-def from_rows(grid: Grid, state: torch.Tensor) -> Runs:
-    """Rows of blocks of one state each, uint8 (rows,)."""
-    return Runs(grid, torch.arange(grid.rows) * grid.columns, state)
-
-
-def from_columns(grid: Grid, state: torch.Tensor) -> Runs:
-    """Columns of blocks of one state each, uint8 (columns,)."""
-    first = torch.cat((state.new_ones(1, dtype=torch.bool), state[1:] != state[:-1])).nonzero()[
-        :, 0
+    bounds = [
+        x if isinstance(x, torch.Tensor) else torch.full((grid.rows,), x)
+        for x in (any_begin, any_end, all_begin, all_end)
     ]
-    key = torch.arange(grid.rows)[:, None] * grid.columns + first
-    return Runs(grid, key.flatten(), state[first].repeat(grid.rows))
+    key = torch.stack(bounds) - grid.k_start  # (4, rows)
+    # The last block may be cut short, and is full all the same where the rest of it is.
+    key = key.clamp(min=0).masked_fill(key >= grid.seqlen_k, grid.columns * grid.block)
+    down, up = key // grid.block, (key + (grid.block - 1)) // grid.block
+    a = down[0]
+    d = torch.where(key[1] > key[0], up[1], a)
+    b = up[2].clamp(a, d)
+    c = down[3].clamp(b, d)  # b where nothing is full
+    start = torch.stack((torch.zeros_like(a), a, b, c, d), dim=1)
+    state = torch.full((grid.rows, 5), EMPTY, dtype=torch.uint8)
+    state[:, 1:4].fill_(PARTIAL)
+    state[:, 2].fill_(FULL)
+    return Runs(grid, (grid.first_blocks()[:, None] + start).flatten(), state.flatten())
 
 
-def from_blocks(grid: Grid, row: torch.Tensor, column: torch.Tensor, state: torch.Tensor) -> Runs:
-    """Some blocks, each once and in order; all others are empty."""
-    key = row * grid.columns + column
-    begins = torch.arange(grid.rows) * grid.columns
-    after = key + 1
-    after = after[after < grid.rows * grid.columns]
-    every = torch.cat((begins, key, after)).unique()
-    states = torch.full_like(every, EMPTY, dtype=torch.uint8)
-    states[torch.searchsorted(every, key)] = state.to(torch.uint8)
-    return Runs(grid, every, states)._merged()
+def from_lines(grid: Grid, rows: torch.Tensor, columns: torch.Tensor) -> Runs:
+    """Lines of blocks that have a state, uint8 (rows,) and (columns,); where two cross, the larger
+    counts."""
+    first = pad((columns[1:] != columns[:-1]).nonzero()[:, 0] + 1, (1, 0))
+    key = grid.first_blocks()[:, None] + first
+    return Runs(grid, key.flatten(), torch.maximum(rows[:, None], columns[first]).flatten())
+
+
+def from_spans(grid: Grid, start: torch.Tensor, stop: torch.Tensor, state: torch.Tensor) -> Runs:
+    """Blocks numbered row * columns + column in spans of one state; all others are empty.
+
+    Args:
+        grid: the blocks.
+        start, stop: int64 (n,), neither falling; where spans overlap, the earlier one counts.
+        state: uint8 (n,).
+    """
+    start = torch.cat((start[:1], torch.maximum(start[1:], stop[:-1])))
+    key = pad(torch.stack((start, stop), dim=1).flatten(), (1, 0))
+    states = pad(torch.stack((state, torch.full_like(state, EMPTY)), dim=1).flatten(), (1, 0))
+    return Runs(grid, key, states)
 
 
 def from_rectangles(
@@ -184,53 +184,30 @@ def from_rectangles(
 ) -> Runs:
     """Pairs inside of rectangles [top, bottom) x [left, right) of positions, which don't overlap.
 
-    A block is full where rectangles cover it, together or alone.
+    Each has pairs of the grid inside. A block is full where rectangles cover it, together or alone.
     """
-    top, bottom = ((x - grid.q_start).clamp(0, grid.seqlen_q) for x in (top, bottom))
-    left, right = ((x - grid.k_start).clamp(0, grid.seqlen_k) for x in (left, right))
-    there = (top < bottom) & (left < right)
-    top, bottom, left, right = (x[there] for x in (top, bottom, left, right))
     size = grid.block
-    rows, columns = ((b - 1) // size - a // size + 1 for a, b in ((top, bottom), (left, right)))
-    blocks = rows * columns
-    which = torch.arange(len(blocks)).repeat_interleave(blocks)
-    place = torch.arange(len(which)) - (blocks.cumsum(0) - blocks)[which]
-    row = top[which] // size + place // columns[which]
-    column = left[which] // size + place % columns[which]
-    height = torch.minimum(bottom[which], (row + 1) * size) - torch.maximum(top[which], row * size)
-    width = torch.minimum(right[which], (column + 1) * size) - torch.maximum(
-        left[which], column * size
+    low = torch.stack((top - grid.q_start, left - grid.k_start)).clamp(min=0)
+    high = torch.stack(
+        (
+            (bottom - grid.q_start).clamp(max=grid.seqlen_q),
+            (right - grid.k_start).clamp(max=grid.seqlen_k),
+        )
     )
-    key, inverse = (row * grid.columns + column).unique(return_inverse=True)
-    covered = torch.zeros_like(key).index_add(0, inverse, height * width)
+    first = low // size
+    lines = (high - 1) // size - first + 1  # rows and columns of blocks
+    blocks = lines[0] * lines[1]
+    count = int(blocks.sum())
+    which = torch.repeat_interleave(blocks, output_size=count)
+    place = torch.arange(count) - (blocks.cumsum(0) - blocks)[which]
+    across = lines[1, which]
+    block = first[:, which] + torch.stack((place // across, place % across))
+    begin = block * size
+    covers = torch.minimum(high[:, which], begin + size) - torch.maximum(low[:, which], begin)
+    key, inverse = (block[0] * grid.columns + block[1]).unique(return_inverse=True)
+    covered = torch.zeros_like(key).index_add(0, inverse, covers.prod(dim=0))
     row, column = key // grid.columns, key % grid.columns
     pairs = (grid.seqlen_q - row * size).clamp(max=size) * (grid.seqlen_k - column * size).clamp(
         max=size
     )
-    return from_blocks(grid, row, column, torch.where(covered == pairs, FULL, PARTIAL))
-
-
-def from_states(
-    grid: Grid,
-    states: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Runs:
-    """Any grid, from a function of the blocks' bounds, a few rows at a time.
-
-    Args:
-        grid: the blocks.
-        states: (first query, one past the last, first key, one past the last) as positions, (n, 1)
-            and (1, columns), to states, (n, columns).
-    """
-    q_begin, q_end = grid.queries()
-    k_begin, k_end = grid.keys()
-    step = max(1, _CHUNK // grid.columns)
-    keys, found = [], []
-    for row in range(0, grid.rows, step):
-        rows = slice(row, row + step)
-        state = states(q_begin[rows, None], q_end[rows, None], k_begin[None], k_end[None])
-        state = state.to(torch.uint8).expand(len(q_begin[rows]), grid.columns)
-        starts = torch.ones_like(state, dtype=torch.bool)
-        starts[:, 1:] = state[:, 1:] != state[:, :-1]
-        keys.append(starts.flatten().nonzero()[:, 0] + row * grid.columns)
-        found.append(state[starts])
-    return Runs(grid, torch.cat(keys), torch.cat(found))
+    return from_spans(grid, key, key + 1, states_of(covered, pairs))

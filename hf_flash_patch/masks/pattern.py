@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MaskError
-from .grid import PARTIAL, Grid, Runs, from_states
+from .grid import PARTIAL, Grid, Runs, everywhere
 
 if TYPE_CHECKING:
     from .block_mask import BlockMask
@@ -56,13 +56,7 @@ class Pattern:
 
     def runs(self, grid: Grid) -> Runs:
         """Which blocks are empty, partial and full, for what `at` returned."""
-        return from_states(grid, self.states)
-
-    def states(
-        self, q: torch.Tensor, q_end: torch.Tensor, k: torch.Tensor, k_end: torch.Tensor
-    ) -> torch.Tensor:
-        """The states of blocks [q, q_end) x [k, k_end), for patterns without runs of their own."""
-        return torch.full(torch.broadcast_shapes(q.shape, k.shape), PARTIAL, dtype=torch.uint8)
+        return everywhere(grid, PARTIAL)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """int64 tensors (n,): blocks that start at (q, k) and agree in all have equal elements."""

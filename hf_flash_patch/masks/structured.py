@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ..errors import MaskError
+from .bits import pack_bits
 from .grid import Grid, Runs, from_intervals, from_rectangles
 from .pattern import Pattern
 from .tokens import at_least, global_tokens
 
-_BITS = 60  # cells whose states fit a non-negative int64
 _CHUNK = 2**22  # cells that are looked at at once
 
 
@@ -59,13 +60,13 @@ class Cells(Pattern):
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """Where the block stands in its cells, and which of them are there."""
         across = -(-grid.block // self.block) + 1
-        columns = [q % self.block, k % self.block]
-        for number in range(across * across):
-            live = self.cell(q // self.block + number // across, k // self.block + number % across)
-            if number % _BITS == 0:
-                columns.append(torch.zeros_like(q))
-            columns[-1] += live.long() << number % _BITS
-        return columns
+        step = torch.arange(across)
+        words = []
+        for some in torch.stack((q, k)).split(max(1, _CHUNK // across**2), dim=1):
+            i, j = some[..., None, None] // self.block  # (n, 1, 1)
+            live = self.cell(i + step[:, None], j + step).flatten(1)
+            words.append(pack_bits(pad(live, (0, -live.shape[1] % 64))).view(torch.int64))
+        return [q % self.block, k % self.block, *torch.cat(words).unbind(1)]
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,23 @@ class RandomCells(Cells):
 
     def cell(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """Whether the earlier of the two is among those drawn for the later."""
-        late, early = torch.maximum(i, j), torch.minimum(i, j)
-        live = torch.zeros_like(late, dtype=torch.bool)
-        for number in range(self.count):
-            live = live | (early == _hash(late, self.seed, number) % late.clamp(min=1))
-        return live & (late > early)
+
+        def drawn(late: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
+            among = (early == one for one in self._drawn(late).unbind(-1))
+            return functools.reduce(torch.logical_or, among) & (late > early)
+
+        return drawn(i, j) | drawn(j, i)
+
+    def _drawn(self, late: torch.Tensor) -> torch.Tensor:
+        # For rows or columns, before these broadcast: an element of a tile costs no hash.
+        number = torch.arange(self.count, device=late.device)
+        late = late[..., None]
+        return _hash(late, self.seed, number) % late.clamp(min=1)
 
     def live(self, i: range, j: range) -> tuple[torch.Tensor, torch.Tensor]:
         """What was drawn, and the mirror image."""
         late = torch.arange(1, max(i.stop, j.stop, 1))
-        early = torch.stack(
-            [_hash(late, self.seed, number) % late for number in range(self.count)], dim=1
-        )
+        early = self._drawn(late)
         late = late[:, None].expand_as(early)
         return _inside(torch.cat((late, early)), torch.cat((early, late)), i, j)
 
@@ -115,11 +121,11 @@ def _inside(
     """Those of the cells, which broadcast, that lie in i x j, each once."""
     row, column = (x.flatten() for x in torch.broadcast_tensors(row, column))
     inside = (row >= i.start) & (row < i.stop) & (column >= j.start) & (column < j.stop)
-    cell = ((row[inside] - i.start) * len(j) + column[inside] - j.start).unique()
+    cell = ((row - i.start) * len(j) + column - j.start)[inside].unique()
     return cell // len(j) + i.start, cell % len(j) + j.start
 
 
-def _hash(x: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+def _hash(x: torch.Tensor, seed: int, number: torch.Tensor) -> torch.Tensor:
     """Non-negative int64 that looks random, of two rounds of multiply and shift."""
     x = x * 2654435761 + (seed * 40503 + number) * 97531 + 1
     for factor in (0x2C1B3C6D, 0x297A2D39):
@@ -205,7 +211,7 @@ def _table(shape: tuple[int, ...], digits: str) -> torch.Tensor:
 
 def _layout(table: torch.Tensor, block: int) -> Layout:
     bits = table.flatten().to("cpu", torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    bits = pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     packed = (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=1)
     rows, columns = table.shape[-2:]
     return Layout(
@@ -243,9 +249,9 @@ class Documents(Pattern):
 
     def runs(self, grid: Grid) -> Runs:
         """One interval a row, unless a document comes in pieces."""
-        stops, names = self._stops(None)
-        if len(names.unique()) < len(names):
+        if len({name for _, name in self.lists[0]}) < len(self.lists[0]):
             return super().runs(grid)
+        stops, _ = self._stops(None)
         starts = torch.cat((stops.new_zeros(1), stops[:-1]))
         q, q_end = grid.queries()
         first, last = (torch.searchsorted(stops, p, right=True) for p in (q, q_end - 1))

@@ -13,20 +13,17 @@ import torch
 
 from ..errors import MaskError
 from .grid import (
-    EMPTY,
     FULL,
     PARTIAL,
     Grid,
     Runs,
     everywhere,
-    from_blocks,
-    from_columns,
     from_intervals,
+    from_lines,
+    from_spans,
+    states_of,
 )
-from .grid import from_rows as rows_of
 from .pattern import Pattern
-
-_FAR = 2**62
 
 
 def at_least(name: str, value: Any, least: int) -> int:
@@ -93,7 +90,7 @@ class Window(Pattern):
     def runs(self, grid: Grid) -> Runs:
         """One interval a row; with dilation, no block is full."""
         q, q_end = grid.queries()
-        begin, end = q - self.size + 1, q_end - 1 + self.size
+        begin, end = q - (self.size - 1), q_end + (self.size - 1)
         if self.dilation > 1:
             return from_intervals(grid, begin, end, 0, 0)
         return from_intervals(grid, begin, end, q_end - self.size, q + self.size)
@@ -135,12 +132,11 @@ class Global(Pattern):
             among = among | ((position >= start) & (position < stop))
         return among
 
-    def _states(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    def _count(self, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         count = torch.zeros_like(begin)
         for start, stop in self.ranges:
-            count += (end.clamp(max=stop) - begin.clamp(min=start)).clamp(min=0)
-        state = torch.where(count > 0, PARTIAL, EMPTY)
-        return torch.where(count == end - begin, FULL, state).to(torch.uint8)
+            count += end.clamp(start, stop) - begin.clamp(start, stop)
+        return count
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Either is global."""
@@ -148,18 +144,17 @@ class Global(Pattern):
 
     def runs(self, grid: Grid) -> Runs:
         """Rows and columns."""
-        return rows_of(grid, self._states(*grid.queries())) | from_columns(
-            grid, self._states(*grid.keys())
+        rows, columns = (
+            states_of(self._count(begin, end), end - begin)
+            for begin, end in (grid.queries(), grid.keys())
         )
+        return from_lines(grid, rows, columns)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """Where rows and columns start, if anything there is global."""
-
-        def where(position: torch.Tensor) -> torch.Tensor:
-            near = self._states(position, position + grid.block) != EMPTY
-            return torch.where(near, position, -_FAR)
-
-        return [where(q), where(k)]
+        first = torch.stack((q, k))
+        near = self._count(first, first + grid.block) > 0
+        return list(torch.where(near, first, -grid.block))  # where none of those starts
 
 
 @dataclass(frozen=True)
@@ -183,14 +178,15 @@ class Strided(Pattern):
         multiples = torch.arange(
             -(end // self.stride + 1), (grid.q_start + grid.seqlen_q) // self.stride + 2
         )
-        # Keys [first, last] of a row and a multiple cross two blocks of keys at most.
-        first, last = (p[:, None] - grid.k_start - multiples * self.stride for p in (q, q_end - 1))
-        row = torch.arange(grid.rows)[:, None, None].expand(-1, len(multiples), 2)
-        ends = torch.stack((first, last), dim=-1).clamp(0, grid.seqlen_k - 1)
-        crosses = ((last >= 0) & (first < grid.seqlen_k))[..., None].expand_as(row)
-        key = (row * grid.columns + ends // grid.block)[crosses].unique()
-        far = torch.full_like(key, PARTIAL)
-        return near | from_blocks(grid, key // grid.columns, key % grid.columns, far)
+        # A row and a multiple cross keys [first, last), of two blocks at most; both rise in a row.
+        shift = grid.k_start + multiples.flip(0) * self.stride
+        past = grid.columns * grid.block
+        first, last = ((p[:, None] - shift).clamp(0, past) for p in (q, q_end))
+        row = grid.first_blocks()[:, None]
+        start = (row + first // grid.block).flatten()
+        stop = (row + (last + grid.block - 1) // grid.block).flatten()
+        far = torch.full_like(start, PARTIAL, dtype=torch.uint8)
+        return near | from_spans(grid, start, stop, far)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """The distance, modulo the stride where it is far."""
@@ -217,9 +213,9 @@ class Fixed(Pattern):
     def runs(self, grid: Grid) -> Runs:
         """The token's own block, and columns."""
         k, k_end = grid.keys()
-        count = self._summaries(k_end) - self._summaries(k)
-        state = torch.where(count == k_end - k, FULL, torch.where(count > 0, PARTIAL, EMPTY))
-        return Groups(self.block, 0).runs(grid) | from_columns(grid, state.to(torch.uint8))
+        columns = states_of(self._summaries(k_end) - self._summaries(k), k_end - k)
+        rows = torch.zeros(grid.rows, dtype=torch.uint8)
+        return Groups(self.block, 0).runs(grid) | from_lines(grid, rows, columns)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
         """Where the tokens stand in their blocks, and how far these are apart."""

@@ -57,6 +57,12 @@ def test_others(pattern, density):
     assert pattern.density(MILLION) == pytest.approx(density, rel=0.05)
 
 
+def test_more_blocks_than_int32_counts():
+    mask = masks.sliding_window(33).block_mask(2**22, block_size=32)
+    mask.verify()
+    assert len(mask.row_entries) == 3 * 2**17 - 2
+
+
 def test_the_cache_is_hit_and_bounded():
     pattern = masks.sliding_window(7)
     assert pattern.block_mask(100) is masks.sliding_window(7).block_mask(100)

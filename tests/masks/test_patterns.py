@@ -93,6 +93,14 @@ def test_a_part_of_a_longer_sequence(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_unequal_blocks_of_one_hash(case, monkeypatch):
+    monkeypatch.setattr(
+        torch, "randint", lambda low, high, size, generator: torch.zeros(size).long()
+    )
+    assert same(case.pattern, brute_force(case, 131, 131))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_states_of_blocks_are_true(case):
     """What is called empty or full is; and little else is called partial."""
     for head in range(2):
