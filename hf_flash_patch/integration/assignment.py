@@ -65,7 +65,7 @@ def assign(root: PreTrainedModel, modules: list[AttentionModule], mask: Any) -> 
         pattern = _of_layer(mask, layer)
         if pattern is not None and not isinstance(pattern, Pattern):
             raise MaskError(
-                f"mask gave a {type(pattern).__name__} for layer {layer} ({entry.name}); it has to "
+                f"mask gave {type(pattern).__name__} for layer {layer} ({entry.name}); it has to "
                 "be a pattern of hf_flash_patch.masks, or None."
             )
         heads = heads_of(entry.module)
@@ -86,8 +86,8 @@ def _of_layer(mask: Any, layer: int) -> Any:
     if callable(mask):
         return mask(layer)
     raise MaskError(
-        f"mask is a {type(mask).__name__}; it has to be a pattern of hf_flash_patch.masks, or a "
-        "callable from a layer's index to a pattern or None."
+        f"mask is of type {type(mask).__name__}; it has to be a pattern of hf_flash_patch.masks, "
+        "or a callable from a layer's index to a pattern or None."
     )
 
 

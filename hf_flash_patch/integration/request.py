@@ -49,8 +49,8 @@ class Request:
             return self._structured(is_causal, sliding_window), None
         if not isinstance(attention_mask, torch.Tensor):
             raise MaskError(
-                f"attention_mask is a {type(attention_mask).__name__}; allowed are a tensor, None, "
-                'and what the mask function of "hfp" returns. Make the mask with '
+                f"attention_mask is of type {type(attention_mask).__name__}; allowed are a tensor, "
+                'None, and what the mask function of "hfp" returns. Make the mask with '
                 'attn_implementation="hfp" set.'
             )
         if attention_mask.ndim == 2:

@@ -7,6 +7,7 @@ calls of the names below on literals, joined by `&`, `|`, `~` and brackets.
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +140,7 @@ def parse(text: str) -> Pattern:
         raise MaskError(f"{text!r} is no mask expression: {error}. {_HINT}") from None
     pattern = _read(tree, text)
     if not isinstance(pattern, Pattern):
-        raise MaskError(f"{text!r} is a {type(pattern).__name__}, no mask. {_HINT}")
+        raise MaskError(f"{text!r} is of type {type(pattern).__name__}, no mask. {_HINT}")
     return pattern
 
 
@@ -169,4 +170,7 @@ def _read(node: ast.expr, text: str) -> Any:
                     return function(*values, **named)
                 except (TypeError, RuntimeError) as error:
                     raise MaskError(f"{ast.unparse(node)}: {error}.") from None
+            near = difflib.get_close_matches(name, _FUNCTIONS, 1)
+            if function is None and near:
+                raise MaskError(f"{text!r}: there is no {name}; did you mean {near[0]}? {_HINT}")
     raise MaskError(f"{ast.unparse(node)!r} in {text!r} is no mask expression. {_HINT}")

@@ -453,7 +453,7 @@ def _lowered(
     if isinstance(block_mask, Pattern):
         return block_mask.block_mask(seqlen_q, seqlen_k, q.shape[-2], q.device)
     raise MaskError(
-        f"block_mask is a {type(block_mask).__name__}; it has to be a pattern of "
+        f"block_mask is of type {type(block_mask).__name__}; it has to be a pattern of "
         "hf_flash_patch.masks or a BlockMask. A dense mask becomes one by BlockMask.from_dense, "
         "FlexAttention's by masks.from_flex."
     )

@@ -294,8 +294,8 @@ def test_vision():
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (object(), "mask is a object"),
-        (lambda layer: 3, "mask gave a int for layer 0"),
+        (object(), "mask is of type object"),
+        (lambda layer: 3, "mask gave int for layer 0"),
         (masks.per_head([masks.causal()] * 3), "3 patterns among its heads, the call has 4"),
     ],
 )

@@ -99,3 +99,8 @@ def test_plot_by_matplotlib(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     masks.per_head([masks.causal(), masks.full()]).plot(64, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_name_that_is_nearly_right():
+    with pytest.raises(MaskError, match="no sliding_windw; did you mean sliding_window"):
+        masks.parse("sliding_windw(4) | causal()")

@@ -98,9 +98,9 @@ def test_options(name):
 
 
 def test_block_mask_of_another_type():
-    with pytest.raises(MaskError, match="block_mask is a object; it has to be a pattern"):
+    with pytest.raises(MaskError, match="block_mask is of type object; it has to be a pattern"):
         flash_attn_func(Q, K, K, block_mask=object())
-    with pytest.raises(MaskError, match="block_mask is a object; it has to be a pattern"):
+    with pytest.raises(MaskError, match="block_mask is of type object; it has to be a pattern"):
         flash_attn_varlen_func(Q[0], K[0], K[0], *[cumulative([8])] * 2, 8, 8, block_mask=object())
 
 

@@ -181,7 +181,7 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("block_mask", "text"),
     [
-        (3, "block_mask is a int"),
+        (3, "block_mask is of type int"),
         (masks.causal().block_mask(64), r"= \(64, 64\), the call has \(70, 70\)"),
         (masks.from_mask_mod(lambda b, h, q, k: q > k, batch=3), r"\(3, 1\)"),
         (BlockMask.from_dense(torch.ones(1, 3, 70, 70, dtype=torch.bool)), r"\(1, 3\)"),
