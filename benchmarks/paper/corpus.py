@@ -83,7 +83,10 @@ def _make(
     tokenizer = byte_pairs((text[:TOKENIZER_TEXT] for text in train_texts), vocab_size, SPECIAL)
     tokenizer.save(str(folder / "tokenizer.json"))
     streams = dict(zip(test_names, encode(tokenizer, test_texts), strict=True))
-    test, sources = cut(streams, documents, length + 1)
+    try:
+        test, sources = cut(streams, documents, length + 1)
+    except ValueError as error:
+        raise SystemExit(f"text held out: {error}") from None
     written = sum(len(text.encode()) for text in test_texts)
     save(
         cache,

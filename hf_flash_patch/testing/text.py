@@ -58,7 +58,5 @@ def cut(streams: Mapping[str, Tensor], count: int, length: int) -> tuple[Tensor,
                 found.append(documents.pop(0))
                 sources.append(name)
     if not found:
-        raise ValueError(
-            f"no source of {', '.join(streams)} has {length} tokens; read more of each"
-        )
+        raise ValueError(f"no source has {length} tokens; read more of each")
     return torch.stack(found), sources

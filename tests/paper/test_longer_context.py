@@ -172,6 +172,8 @@ def test_no_text_is_in_both_splits(tmp_path, monkeypatch):
         (tmp_path / "packages" / name / "zcopy.py").write_text(text.replace("\n", "\n\n"))
     again = corpus(tmp_path / "more", 100_000, 400, documents=4, length=64)
     assert torch.equal(again.test, found.test)
+    with pytest.raises(SystemExit, match="held out: no source has 65 tokens; read more"):
+        corpus(tmp_path / "less", 20, 400, documents=4, length=64)
 
 
 def test_packages_of_middle_size_are_held_out():
