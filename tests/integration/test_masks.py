@@ -374,5 +374,7 @@ def test_a_mask_that_the_name_alone_does_not_apply(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hfp.patch(again)
-        assert_close(again(input_ids=ids).logits, expected, "logits")
+        with hfp.patch(again):
+            assert_close(again(input_ids=ids).logits, expected, "logits")
+        with hfp.patch(again, mask=lambda layer: masks.sliding_window(4) if layer else None):
+            again(input_ids=ids)  # what has no mask on purpose is not warned of
