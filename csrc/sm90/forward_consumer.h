@@ -44,6 +44,7 @@ class Consumer {
     await_first();
     take_turn();
     issue_qk(s);
+    release_registers_q();
     pass_turn();
     wgmma_wait<0>();
     pin(reinterpret_cast<AccumulatorS>(s));
@@ -89,6 +90,7 @@ class Consumer {
       await_first();
       take_turn();
       issue_qk(s);
+      release_registers_q();
       barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
       issue_pv(o, prob, accumulate);
       pass_turn();
@@ -157,14 +159,20 @@ class Consumer {
       const uint32_t from = tile_q_ + TileQ::offset(16 * warp_ + lane_ % 16, lane_ / 16);
 #pragma unroll
       for (int i = 0; i < F::kHeadDim / 16; ++i) sm80::ldmatrix4(fragments_q_[i], TileQ::step(from, 2 * i));
-      __syncwarp();
-      release_q();
     }
     barrier_wait(smem_address(bars_->k_full + k_.index), k_.parity);
   }
   __device__ __forceinline__ void release_q() {
     if (lane_ == 0) barrier_arrive(smem_address(bars_->q_empty + q_.index * F::kConsumers + group_));
     q_.next();
+  }
+  // Behind the first product, which waits for the registers. An arrival waits for no load: right behind the loads it
+  // let the next Q overwrite rows that were still to be read (128 columns, tiles of one block of keys: one row in 200).
+  __device__ __forceinline__ void release_registers_q() {
+    if constexpr (F::kQInRegisters) {
+      __syncwarp();
+      release_q();
+    }
   }
   __device__ __forceinline__ void take_turn() { named_sync(1 + group_, 256); }
   __device__ __forceinline__ void pass_turn() { named_arrive(1 + (group_ + 1) % F::kConsumers, 256); }

@@ -1,0 +1,86 @@
+"""More tiles than multiprocessors: every thread block works on several, one behind the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_flash_patch.ops.functional import attention
+from tests.ops.cases import (
+    COMMON,
+    DENSE_ONLY,
+    Problem,
+    check,
+    check_forward,
+    make_problem,
+    with_random_blocks,
+)
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+EACH = ((), *((feature,) for feature in (*COMMON, *DENSE_ONLY)))
+
+
+def problem_of(features: tuple[str, ...], **shape: object) -> Problem:
+    """As many key heads as multiprocessors."""
+    heads_k = 1 if "mqa" in features else 2 if "gqa" in features else 4
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    fixed = {"batch": processors // heads_k, "num_heads": 4, "dtype": BF16, "device": "cuda"}
+    return make_problem(features, **{**fixed, **shape})
+
+
+def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return attention(
+            problem.q,
+            problem.k,
+            problem.v,
+            mask=problem.mask,
+            return_lse=True,
+            backend="cuda",
+            **problem.options,
+        )
+
+
+@pytest.mark.parametrize("features", EACH, ids="+".join)
+@pytest.mark.parametrize(
+    ("seqlen_q", "seqlen_k", "head_dim", "dtype"),
+    [(330, 330, 64, BF16), (150, 300, 128, FP16), (300, 150, 96, BF16), (200, 200, 32, BF16)],
+    ids=["330x330-d64", "150x300-d128-fp16", "300x150-d96", "200x200-d32"],
+)
+def test_features(features, seqlen_q, seqlen_k, head_dim, dtype):
+    shape = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim, "dtype": dtype}
+    check(problem_of(features, **shape), backend="cuda")
+
+
+@pytest.mark.parametrize("seqlen_k", [1, 128, 129, 257])
+@pytest.mark.parametrize("seqlen_q", [1, 64, 65, 128, 129, 257])
+def test_lengths(seqlen_q, seqlen_k):
+    for features in ((), ("causal", "gqa"), ("window", "padding"), ("seqused", "left_window")):
+        for head_dim in (40, 64, 128):
+            shape = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": head_dim}
+            check(problem_of(features, **shape), backend="cuda")
+
+
+@pytest.mark.parametrize("features", [(), ("causal", "gqa"), ("dropout",), ("holes", "window")])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_block_lists(features, head_dim):
+    """Random blocks of four by four: half a list's entries are live, some rows have none."""
+    for lists in ((1, 1), (1, 4)):
+        problem = problem_of(features, seqlen_q=500, head_dim=head_dim)
+        check(with_random_blocks(problem, *lists, 128), backend="cuda")
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("seqlen_k", [1, 128, 257])
+def test_short_tiles(seqlen_k, head_dim):
+    """Of a few blocks of keys: what belongs to the next is asked for as soon as it can be."""
+    for features in ((), ("causal",), ("window", "padding")):
+        problem = problem_of(features, seqlen_q=257, seqlen_k=seqlen_k, head_dim=head_dim)
+        for _ in range(5):
+            check_forward(problem, backend="cuda")
+        first = forward(problem)
+        for _ in range(50):
+            again = forward(problem)
+            assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
