@@ -81,12 +81,10 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.total_tiles = static_cast<int>(groups * group_tiles);
   a.tiles = Divisor(std::max<int64_t>(tiles, 1));
   a.group_tiles = Divisor(std::max<int64_t>(group_tiles, 1));
-  // Q, dO and the accumulator of a section stay in the L2 cache. It has no more than two blocks of keys for each
-  // multiprocessor: dQ is complete only when a section ends, and what is complete late is rounded when everything else
-  // is done (64 columns, causal, 1k: 2%).
+  // Q, dO and the accumulator of a section stay in the L2 cache. dQ is complete only when a section ends, so that long
+  // ones leave much to round when everything else is done: two waves (causal, 512 and 1k: 2 to 5%).
   const int64_t head_bytes = int64_t{p.heads_per_group} * m.seqlen_q * B::kHeadDim * 8;
-  const int64_t most = 2 * multiprocessors() / std::max<int64_t>(blocks, 1);
-  const int section = m.uneven() ? section_size(a.groups, head_bytes, blocks, most) : 1;
+  const int section = m.uneven() ? section_size(a.groups, head_bytes, blocks, /*waves=*/2) : 1;
   a.section_items = Divisor(section * std::max<int64_t>(blocks, 1));
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);

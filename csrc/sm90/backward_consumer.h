@@ -14,6 +14,7 @@ class BackwardConsumer {
   using TileQ = typename B::TileQ;
   using TileK = typename B::TileK;
   using TileS = typename B::TileS;
+  using TileOut = typename B::TileOut;
   static constexpr int kNS = B::kQueries / 8, kND = B::kColumns / 8, kNQ = B::kDqColumns / 8;
 
   __device__ BackwardConsumer(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
@@ -194,19 +195,22 @@ class BackwardConsumer {
       named_sync(1, 128 * B::kConsumers);  // dQ reads all of dS and K
     }
     if (had_keys && key0 + 64 <= work.seq.stored_k) {
-      using TileOut = typename B::TileOut;
-      const uint32_t tile_v = at(B::out_place(group_, 0)), tile_k = at(B::out_place(group_, 1));
-      store_to_tile<TileOut, Element>(tile_v, 16 * warp_, dv, {scale_v, scale_v}, lane_);
-      if constexpr (B::kDkThroughDq) {  // once the adder has read both consumers' last dQ
-        for (uint64_t& empty : bars_->dq_empty) barrier_wait(smem_address(&empty), dq_parity_ ^ 1);
+      if constexpr (B::kLeavesThroughDq) {  // once the adder has read the last dQ
+        barrier_wait(smem_address(bars_->dq_empty + group_), dq_parity_ ^ 1);
       }
-      store_to_tile<TileOut, Element>(tile_k, 16 * warp_, dk, {p.softmax_scale, p.softmax_scale}, lane_);
+      to_tiles(0, dv, scale_v);
+      to_tiles(1, dk, p.softmax_scale);
       async_fence_shared();
       named_sync(2 + group_, 128);
       if (threadIdx.x % 128 == 0) {
         const int row = static_cast<int>(work.seq.offset_k) + key0, batch = p.mask.cu_seqlens_q ? 0 : work.seq.batch;
-        TileOut::store(tile_v, 0, &a_.dv, column, row, work.head_k, batch);
-        TileOut::store(tile_k, 0, &a_.dk, column, row, work.head_k, batch);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int panel = 0; panel < TileOut::kPanels; ++panel) {
+            tma_store(i == 0 ? &a_.dv : &a_.dk, at(B::out_place(group_, i, panel)), column + panel * TileOut::kPanel,
+                      row, work.head_k, batch);
+          }
         bulk_commit();
       }
       if (B::kWide) await_left();
@@ -227,10 +231,20 @@ class BackwardConsumer {
     release(&bars_->k_empty);
     release(&bars_->v_empty);
   }
-  // Until both consumers' dK and dV have been read.
+  // dV (0) or dK (1), rounded, to where it leaves from.
+  __device__ __forceinline__ void to_tiles(int i, const float (&x)[kND][4], float scale) const {
+    constexpr int kN = TileOut::kPanel / 8;
+#pragma unroll
+    for (int panel = 0; panel < TileOut::kPanels; ++panel) {
+      store_to_tile<Tile<64, TileOut::kPanel>, Element>(at(B::out_place(group_, i, panel)), 16 * warp_,
+                                                        reinterpret_cast<const float (&)[kN][4]>(x[kN * panel]),
+                                                        {scale, scale}, lane_);
+    }
+  }
+  // Until this consumer's dK and dV have been read.
   __device__ __forceinline__ void await_left() {
     if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
-    named_sync(1, 128 * B::kConsumers);
+    named_sync(2 + group_, 128);
   }
 
   __device__ static int distance(const KeyBlock<B>& work, int key, int row, int j, int h, int e) {

@@ -100,15 +100,16 @@ struct Backward {
   static constexpr int kAtZeros = kAtRound + kRoundBytes;
   static constexpr int kZeroBytes = 4096;
   static constexpr int kTileBytes = kAtZeros + kZeroBytes;
-  // Where a consumer's dV (0) and dK (1) leave from: where dS was, and dQ if there is no room for both; wide: where V
-  // and K were.
-  static constexpr bool kDkThroughDq = !kWide && (4 * TileOut::kBytes > kStagesS * TileS::kBytes);
-  static_assert(kWide || 2 * TileOut::kBytes <= kStagesS * TileS::kBytes);
-  static_assert(!kDkThroughDq || 2 * TileOut::kBytes <= kDqTileBytes);
-  __device__ static constexpr int out_place(int group, int i) {
-    if (kWide) return (i == 0 ? kAtV : kAtK) + group * TileOut::kBytes;
-    if (i == 1 && kDkThroughDq) return kAtDq + group * TileOut::kBytes;
-    return kAtDs + (group + 2 * i) * TileOut::kBytes;
+  // Where a panel of a consumer's dV (0) or dK (1) leaves from: what it alone writes, so that neither waits for the
+  // other: its keys' rows of dS, and its part of dQ where those do not suffice; wide: where V and K were.
+  static constexpr int kOwnRows = 64 * TileS::kRowBytes, kOwnDs = kStagesS * TileS::kPanels * kOwnRows;
+  static constexpr bool kLeavesThroughDq = !kWide && 2 * TileOut::kBytes > kOwnDs;
+  static_assert(kWide || 2 * TileOut::kBytes <= kOwnDs + dq_offset(2) - dq_offset(1));
+  __device__ static constexpr int out_place(int group, int i, int panel) {
+    const int at = (i * TileOut::kPanels + panel) * TileOut::kPanelBytes;
+    if (kWide) return (i == 0 ? kAtV : kAtK) + group * TileOut::kBytes + panel * TileOut::kPanelBytes;
+    if (at < kOwnDs) return kAtDs + at / kOwnRows * TileS::kPanelBytes + group * kOwnRows + at % kOwnRows;
+    return kAtDq + dq_offset(group) + at - kOwnDs;
   }
   static constexpr int kSharedBytes = kTileBytes + sizeof(Barriers) + 1024;  // tiles start on the swizzle's 1024 bytes
   static_assert(kSharedBytes <= 227 * 1024);

@@ -76,7 +76,7 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
     check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
     // K and V of a section stay in the L2 cache.
     const int heads = p.num_heads * p.batch;
-    section = section_size(heads, 4 * int64_t{p.mask.seqlen_k} * p.head_dim, a.tiles, heads);
+    section = section_size(heads, 4 * int64_t{p.mask.seqlen_k} * p.head_dim, a.tiles, /*waves=*/heads);
   }
   a.section_tiles = Divisor(section * a.tiles);
   a.section_heads = Divisor(section);

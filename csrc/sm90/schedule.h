@@ -21,13 +21,13 @@ inline int multiprocessors() {
 }
 
 // How many of `all` heads, a divisor of it, to work on at once: so many that what they share stays in the L2 cache, 32
-// MB of whose 50 are what the other traffic leaves, and at most `most`, but no fewer than have a tile for nine
-// multiprocessors of ten. With fewer the longest tiles of the last heads begin when there is little else left:
+// MB of whose 50 are what the other traffic leaves, but no fewer than have a tile for nine multiprocessors of ten, and
+// at most `waves` times as many. With fewer the longest tiles of the last heads begin when there is little else left:
 // backward, causal, 16 query heads on 4, 8k keys, a schedule of 1.24 times the ideal becomes one of 1.01.
-inline int section_size(int all, int64_t bytes_each, int64_t tiles_each, int64_t most) {
+inline int section_size(int all, int64_t bytes_each, int64_t tiles_each, int64_t waves) {
   const int64_t fits = (32 << 20) / std::max<int64_t>(bytes_each, 1);
   const int64_t busy = (multiprocessors() * 9 / 10 + tiles_each - 1) / std::max<int64_t>(tiles_each, 1);
-  int64_t size = std::clamp<int64_t>(std::min(fits, most), 1, std::max(all, 1));
+  int64_t size = std::clamp<int64_t>(std::min(fits, waves * busy), 1, std::max(all, 1));
   while (all % size != 0) --size;
   if (size < busy) {
     size = std::clamp<int64_t>(busy, 1, std::max(all, 1));
