@@ -28,6 +28,7 @@ class QueryTiles {
   int tile = 0;
   int head = 0;          // in its group
   int turn;              // how many key blocks before this one meet the tile
+  bool closes;           // whether none after it does, lists aside
   int bits = kFullTile;  // which tile of bits the block has, see BlockLists
   unsigned hidden;       // why some pair of the two may be, see Mask::hidden
 
@@ -65,6 +66,7 @@ class QueryTiles {
       const TileSpan span = mask_.tile_span(tile * B::kBlockQ, (tile + 1) * B::kBlockQ);
       const BlockCursor cursor = mask_.template key_blocks<B::kBlockK>(span);
       if (cursor.first <= block_ && block_ <= cursor.block) {
+        closes = block_ == cursor.block;
         turn = !by_list() ? block_ - cursor.first : ordered_ ? list_turn(cursor.first) : 0;
         hidden = mask_.template hidden<B::kBlockK>(span, block_);
         return;

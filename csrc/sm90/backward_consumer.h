@@ -175,6 +175,33 @@ class BackwardConsumer {
       store_shared_float4(to + (j - skipped) * 2048, dq[first + j]);
     }
   }
+  // The last of this consumer's part of a tile, if groups are owned: added to what came before, rounded, to its place.
+  __device__ __forceinline__ void finish_dq(const KeyBlock<B>& work, const typename B::Step& step,
+                                            const float (&dq)[kNQ][4]) {
+    barrier_wait(smem_address(bars_->dq_loaded + group_), dq_parity_);
+    const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;
+    const uint32_t from = at(B::kAtDq) + B::dq_offset(group_) + threadIdx.x % 128 * 16;
+    const int row = step.row0 + (B::kByRows ? 64 * group_ : 0) + 16 * warp_ + lane_ / 4, column = B::dq_column(group_);
+    Element* to = row_pointer<Element>(a_.p.dq, work.seq.batch, row, step.head) + column;
+#pragma unroll
+    for (int j = 0; j < kNQ; j += 4) {
+      if (j < 4 && skipped) continue;
+      float sum[4][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float4 before = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (!(step.flags & B::kOpens)) before = load_shared_float4(from + (j + i - skipped) * 2048);
+        const float x[4] = {before.x, before.y, before.z, before.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[i][e] = dq[j + i][e] + x[e];
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        store_row<Element>(to + 8 * j + 8 * h * a_.p.dq.row_stride, row + 8 * h < work.seq.seqlen_q, sum, h,
+                           a_.p.softmax_scale, a_.p.head_dim - column - 8 * j, lane_ % 4);
+      }
+    }
+  }
   // Tells the adder. Not at once after storing: the fence waits for the stores, the tensor cores would for the fence.
   __device__ __forceinline__ void publish_dq() {
     async_fence_shared();
@@ -241,9 +268,12 @@ class BackwardConsumer {
                                                         {scale, scale}, lane_);
     }
   }
-  // Until this consumer's dK and dV have been read.
+  // Until this consumer's dK and dV have been read; the adder may be waiting for that as well.
   __device__ __forceinline__ void await_left() {
-    if (threadIdx.x % 128 == 0) bulk_wait_read<0>();
+    if (threadIdx.x % 128 == 0) {
+      bulk_wait_read<0>();
+      if (B::kOwns && B::kLeavesThroughDq) barrier_arrive(smem_address(&bars_->left));
+    }
     named_sync(2 + group_, 128);
   }
 

@@ -38,12 +38,12 @@ class NarrowConsumer : BackwardConsumer<B> {
       barrier_wait(smem_address(&bars_->v_full), keys_parity_);
       issue_dp(dp);
       keys_parity_ ^= 1;
+      this->await_left();
       wgmma_wait<1>();  // S
       pin(flat(p));
       this->probabilities(work, step, p);
       round(prob, p);
       wgmma_wait<0>();  // dP
-      this->await_left();
       finish_step(work, step, p, dp, prob, dv, [] {});
     }
 #pragma unroll 1
@@ -116,7 +116,11 @@ class NarrowConsumer : BackwardConsumer<B> {
     after_dk();
     wgmma_wait<1>();
     pin(flat(dq));
-    this->template store_dq<kNQ>(dq, 0);
+    if (B::kOwns && (step.flags & B::kCloses)) {
+      this->finish_dq(work, step, dq);
+    } else {
+      this->template store_dq<kNQ>(dq, 0);
+    }
   }
 
   __device__ __forceinline__ void issue_s(float (&s)[kNS][4]) {

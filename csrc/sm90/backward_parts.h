@@ -14,11 +14,12 @@
 
 namespace hfp::sm90 {
 
-template <typename Element_, int kHeadDim_, Variant kVariant_>
+template <typename Element_, int kHeadDim_, Variant kVariant_, bool kOwns_ = false>
 struct Backward {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
+  static constexpr bool kOwns = kOwns_;  // whole groups of heads that share keys, see backward_owned.h
   static constexpr int kConsumers = 2;
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -68,13 +69,16 @@ struct Backward {
   static constexpr unsigned kFirst = 16, kLast = 32;  // of the key block
   static constexpr unsigned kNothing = 64;            // the key block has no step
   static constexpr unsigned kExit = 128;
-  struct Plan : Step {  // as the loader and the adder see it
-    int row, batch;     // coordinates of the query tile in Q and dO
+  static constexpr unsigned kOpens = 256, kCloses = 512;  // the tile of dQ, if groups are owned
+  // As the loader and the adder see it.
+  struct Plan : Step {
+    int row, batch;  // coordinates of the query tile in Q and dO
     int key_row, head_k;
     int turn;         // how many key blocks add to the tile before this one
     int group;        // of heads that share keys, over all sequences
     int group_tiles;  // of queries
-    int64_t scratch;  // row
+    int64_t scratch;  // first row of the tile in what is kept per row
+    int64_t accum;    // and in a thread block's accumulator of dQ, if groups are owned
   };
   static constexpr int kPlans = 4;
   struct Barriers {
@@ -82,7 +86,7 @@ struct Backward {
     int2 seen[kBlockK];  // rows that see each key
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
-    uint64_t dq_full[kConsumers], dq_empty[kConsumers];
+    uint64_t dq_full[kConsumers], dq_empty[kConsumers], dq_loaded[kConsumers], left;
     uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty, round_full[1 + 4 * kConsumers];
     Plan plan[kPlans];
     Step step[kStagesQ];
@@ -132,6 +136,7 @@ struct BackwardArguments {
   Divisor group_tiles;    // of a group
   int blocks;             // of keys
   int total;              // of all key heads and sequences
+  int accum_rows;         // of dQ's accumulator, a thread block's, if groups are owned
   Divisor section_items;  // a section is a few heads whose blocks are interleaved, so that the longest of all run first
   Divisor section_heads;
   Divisor num_heads_k;
@@ -164,7 +169,7 @@ struct KeyBlock {
 
 template <class B>
 __device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
-  return {&a.counters->next_item, a.total, bars};
+  return {&a.counters->next_item, a.total, bars, B::kOwns ? a.blocks : 1};
 }
 
 // One thread that fetches the block's work and lays out its steps. It alone knows masks: in 24 registers, the loader
@@ -204,6 +209,10 @@ class Planner {
         plan.group_tiles = p.heads_per_group * ((work.seq.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
         plan.scratch = head * p.scratch_rows + work.seq.scratch_row(p.mask) + row0;
         flags |= at.hidden;
+        if constexpr (B::kOwns) {
+          plan.accum = int64_t{blockIdx.x} * a_.accum_rows + at.head * a_.tiles.divisor() * B::kBlockQ + row0;
+          flags |= (at.turn == 0 ? B::kOpens : 0) | (at.closes ? B::kCloses : 0);
+        }
         at.next();
         plan.flags = at.valid() ? flags : flags | B::kLast;
         flags = 0;

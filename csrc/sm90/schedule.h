@@ -89,13 +89,13 @@ struct Work {
   }
 };
 
-// Hands out tiles: by turns, or, where their costs differ, to whoever is free. Then one thread of the block fetches
-// ahead from a counter in global memory and tells the others through shared memory.
+// Hands out tiles, a run of them at a time: by turns, or, where their costs differ, to whoever is free. Then one thread
+// of the block fetches ahead from a counter in global memory and tells the others through shared memory.
 template <class Barriers>
 class TileQueue {
  public:
-  __device__ TileQueue(int* counter, int total, Barriers* bars)
-      : counter_(counter), total_(total), bars_(bars), tile_(blockIdx.x) {}
+  __device__ TileQueue(int* counter, int total, Barriers* bars, int run = 1)
+      : counter_(counter), total_(total), run_(run), bars_(bars), tile_(run * static_cast<int>(blockIdx.x)) {}
 
   __device__ bool valid() const { return tile_ < total_; }
   __device__ int tile() const { return tile_; }
@@ -117,19 +117,23 @@ class TileQueue {
   // after the last.
   __device__ bool fetch() {
     if (!counter_) return false;
-    const int tile = static_cast<int>(gridDim.x) + atomicAdd(counter_, 1);
+    if (run_ == 1 || ++fetched_ == run_end_) {
+      fetched_ = run_ * (static_cast<int>(gridDim.x) + atomicAdd(counter_, 1));
+      run_end_ = fetched_ + run_;
+    }
     barrier_wait(smem_address(&bars_->tile_empty), fetch_parity_);
-    *static_cast<volatile int*>(&bars_->tile) = tile;
+    *static_cast<volatile int*>(&bars_->tile) = fetched_;
     barrier_arrive(smem_address(&bars_->tile_full));
     fetch_parity_ ^= 1;
-    return tile < total_;
+    return fetched_ < total_;
   }
 
  private:
   int* counter_;
-  int total_;
+  int total_, run_;
   Barriers* bars_;
   int tile_;
+  int fetched_ = tile_, run_end_ = tile_ + run_;
   uint32_t parity_ = 0, fetch_parity_ = 1;
 };
 

@@ -13,6 +13,7 @@ from tests.ops.cases import (
     check,
     check_forward,
     make_problem,
+    run,
     with_random_blocks,
 )
 
@@ -84,3 +85,16 @@ def test_short_tiles(seqlen_k, head_dim):
         for _ in range(50):
             again = forward(problem)
             assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_are_the_same_every_time(head_dim):
+    """Also of the queries, undemanded: whole heads are owned."""
+    problem = problem_of(("causal",), seqlen_q=300, head_dim=head_dim)
+    dout = torch.randn_like(problem.q)
+    first = run(problem, dout, None, backend="cuda")
+    for _ in range(200):
+        again = run(problem, dout, None, backend="cuda")
+        assert torch.equal(again.dq, first.dq)
+        assert torch.equal(again.dk, first.dk)
+        assert torch.equal(again.dv, first.dv)
