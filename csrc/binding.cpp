@@ -67,7 +67,8 @@ void fill(AttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
   p.num_heads = static_cast<int>(q.size(rows + 1));
   p.num_heads_k = static_cast<int>(k.size(rows + 1));
   p.head_dim = static_cast<int>(q.size(rows + 2));
-  require(p.num_heads_k > 0 && p.num_heads % p.num_heads_k == 0, "num_heads is no multiple of num_heads_k");
+  require(p.num_heads_k > 0 && p.num_heads > 0 && p.num_heads % p.num_heads_k == 0,
+          "num_heads is no positive multiple of num_heads_k");
   require(k.size(rows + 2) == p.head_dim && v.size(rows + 2) == p.head_dim, "q, k and v differ in head_dim");
   require(v.size(rows) == k.size(rows) && v.size(rows + 1) == k.size(rows + 1), "k and v differ in shape");
   p.heads_per_group = p.num_heads / p.num_heads_k;
@@ -171,6 +172,7 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
   DecodeParams p;
   fill(p, q, k, v, out, lse, call);
   if (lists) fill_lists(p, *lists);
+  if (p.batch == 0) return {out, lse};
   OptionalTensor scratch;
   if (const int64_t bytes = decode(p, dtype, nullptr)) {
     scratch = empty(q, {bytes}, ScalarType::Byte);
@@ -199,6 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Tensor dout, OptionalTensor dlse
   BackwardParams p;
   fill(p, q, k, v, out, lse, call);
   if (lists) fill_lists(p, *lists);
+  if (p.batch == 0) return {dq, dk, dv};
   p.dout = view(dout);
   p.dq = view(dq);
   p.dk = view(dk);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -68,8 +69,8 @@ const Instance kInstances[] = {
 };
 
 struct Device {
-  int capability = 0;    // 10 * major + minor
-  int shared_bytes = 0;  // of a block
+  std::atomic<int> capability = 0;  // 10 * major + minor
+  int shared_bytes = 0;             // of a block
   int multiprocessors = 0;
 };
 
@@ -78,7 +79,7 @@ const Device& current_device() {
   int index = 0;
   cudaGetDevice(&index);
   Device& d = cache[index & 63];
-  if (d.capability == 0) {  // racing threads write the same values
+  if (d.capability == 0) {  // racing threads write the same values, this one last
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index);

@@ -14,7 +14,9 @@ class QueryTiles {
       : mask_(mask), block_(block), head0_(head0), heads_(heads), ordered_(ordered) {
     const Range rows = mask.rows_meeting(block * B::kBlockK, (block + 1) * B::kBlockK);
     first_ = rows.begin / B::kBlockQ;
-    end_ = rows.empty() ? first_ : (rows.end + B::kBlockQ - 1) / B::kBlockQ;
+    // Also where the range is empty: with documents its ends may lie within one tile, whose first and last rows are on
+    // either side of the gap, so that the forward's KeyBlocks count the block as met.
+    end_ = (rows.end + B::kBlockQ - 1) / B::kBlockQ;
     if (first_ >= end_) head = heads_;
     if (valid()) begin_head();
     settle();

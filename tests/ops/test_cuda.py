@@ -123,6 +123,12 @@ def test_nothing_to_see(seqlen_q, seqlen_k):
     assert (result.lse == float("-inf")).all()
 
 
+def test_an_empty_batch():
+    problem = make_problem(seqlen_q=5, seqlen_k=300, batch=0, dtype=BF16, device="cuda")
+    result = run(problem, torch.empty_like(problem.q), None, backend="cuda")
+    assert result.out.shape == problem.q.shape and result.dk.shape == problem.k.shape
+
+
 def test_rows_that_see_nothing():
     """More queries than keys under causal, and a sequence of nothing but padding."""
     problem = make_problem(("causal",), seqlen_q=300, seqlen_k=100, dtype=BF16, device="cuda")

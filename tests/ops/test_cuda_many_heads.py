@@ -64,6 +64,18 @@ def test_lengths(seqlen_q, seqlen_k):
             check(problem_of(features, **shape), backend="cuda")
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("seqlen", [120, 431, 625])
+def test_documents_of_a_cache(seqlen, deterministic):
+    """A document may end before the keys that its rows would see behind the diagonal begin."""
+    for features in (("seqused",), ("seqused", "padding"), ("seqused", "window"), ("padding",)):
+        for head_dim in (64, 128, 256):
+            problem = problem_of(
+                ("documents", "causal", *features), seqlen_q=seqlen, head_dim=head_dim
+            )
+            check(problem, backend="cuda", deterministic=deterministic)
+
+
 @pytest.mark.parametrize("features", [(), ("causal", "gqa"), ("dropout",), ("holes", "window")])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_block_lists(features, head_dim):
