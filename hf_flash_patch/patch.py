@@ -117,7 +117,7 @@ def unpatch(model: nn.Module) -> None:
     """
     found = [_patched[root] for root in pretrained_roots(model) if root in _patched]
     if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} is not patched; nothing to undo.")
+        raise UnsupportedModelError(_nothing_to_undo(model))
     for applied in found:
         applied.restore()
 
@@ -236,6 +236,16 @@ def _refuse_wrapped(model: nn.Module) -> None:
         first = "torch.compile it (or patch the original module)"
         then = first if what == "compiled" else "shard it"
         raise UnsupportedModelError(f"{where} is {what}; patch the model first, then {then}.")
+
+
+def _nothing_to_undo(model: nn.Module) -> str:
+    text = f"{type(model).__name__} is not patched; nothing to undo."
+    if not any(config._attn_implementation == ATTENTION_NAME for config in configs_of(model)):
+        return text
+    return (
+        f"{text} Its attention is {ATTENTION_NAME!r} all the same, as in a copy of a patched "
+        'model; set_attn_implementation("sdpa") changes that.'
+    )
 
 
 def _refuse_patched(root: PreTrainedModel) -> None:

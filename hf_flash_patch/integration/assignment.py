@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import masks
 from ..errors import MaskError
 from ..masks.pattern import Pattern
 from ..masks.text import parse
@@ -84,6 +85,9 @@ def _of_layer(mask: Any, layer: int) -> Any:
         text = mask.get(str(layer))
         return None if text is None else parse(text)
     if callable(mask):
+        name = getattr(mask, "__name__", "")
+        if getattr(masks, name, None) is mask:
+            raise MaskError(f"mask is {name} itself, which makes patterns; call it: {name}(...).")
         return mask(layer)
     raise MaskError(
         f"mask is of type {type(mask).__name__}; it has to be a pattern of hf_flash_patch.masks, "
@@ -148,11 +152,14 @@ def set_patterns(
     patterns = {entry.name: entry.pattern for entry in assigned}
     for entry in modules:
         module = root.get_submodule(entry.name)
-        undo.callback(_forget, weakref.ref(module))
+        before = {key: vars(module)[key] for key in (PATTERN_ATTRIBUTE,) if key in vars(module)}
+        undo.callback(_put_back, weakref.ref(module), before)
         setattr(module, PATTERN_ATTRIBUTE, patterns.get(entry.name))
 
 
-def _forget(reference: weakref.ref[nn.Module]) -> None:
+def _put_back(reference: weakref.ref[nn.Module], before: dict[str, Pattern | None]) -> None:
+    """What the module had: nothing, or, in a copy of a patched model, the original's pattern."""
     module = reference()
     if module is not None:
         vars(module).pop(PATTERN_ATTRIBUTE, None)
+        vars(module).update(before)

@@ -95,6 +95,8 @@ def hfp_attention(
     """
     _refuse(module, kwargs)
     query, key, value = to_compute_dtype(module, query, key, value)
+    if not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:  # out of a convolution
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     if isinstance(scaling, torch.Tensor):  # a learned scale must keep its gradient
         query, scaling = query * scaling.to(query.dtype), 1.0
     if is_causal is None:

@@ -104,6 +104,11 @@ class AttentionMask:
         hides = (self.seqused_k, self.key_range, self.doc_range, self.dense, self.block_mask)
         return all(rule is None for rule in (*hides, self.cu_seqlens))
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every key."""
+        return self.is_plain and not self.causal and tuple(self.window_size) == (-1, -1)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
         """The same mask on `device`; accelerate moves what a layer is given to its device."""
         moved: dict[str, Any] = {

@@ -3,7 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import hf_flash_patch as hfp
 from hf_flash_patch.integration import attention as integration
@@ -367,3 +372,20 @@ def test_virtual_tokens_of_peft(family, method):
         with hfp.patched(model):
             actual = model(input_ids=ids, attention_mask=mask).logits[:, -12:][mask.bool()]
     assert_close(actual, expected, "logits")
+
+
+def test_prefix_tuning_of_an_encoder_without_a_mask():
+    """The model makes its mask without the prefix; transformers drops one that hides nothing."""
+    model = tiny_model(AutoModelForSequenceClassification, "bert")
+    config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        expected = model(input_ids=token_ids()).logits
+        with hfp.patched(model):
+            assert_close(model(input_ids=token_ids()).logits, expected, "logits")
+
+
+def test_keys_out_of_a_convolution():
+    """k and v come with another dimension contiguous, which no user could change."""
+    model = tiny_model(AutoModelForCausalLM, "inkling_text")
+    assert_same_as_eager(model, lambda: model(token_ids()).logits)

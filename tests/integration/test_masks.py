@@ -236,6 +236,19 @@ def test_restored_to_the_letter():
     assert [vars(module).keys() for module in model.modules()] == [b.keys() for b in before]
 
 
+def test_a_copy_keeps_its_mask_through_a_patch_of_its_own():
+    model = model_of("llama")
+    ids = token_ids(2, LONG)
+    with hfp.patched(model, mask=masks.sliding_window(4)), torch.no_grad():
+        twin = copy.deepcopy(model)
+        expected = twin(ids).logits
+        with hfp.patched(twin, mask=masks.causal()):
+            assert not torch.equal(twin(ids).logits, expected)
+        assert torch.equal(twin(ids).logits, expected)
+        with pytest.raises(hfp.UnsupportedModelError, match="a copy of a patched model"):
+            hfp.unpatch(twin)
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoder(family):
     """Encoder and decoder have it, cross-attention does not."""
@@ -378,3 +391,8 @@ def test_a_mask_that_the_name_alone_does_not_apply(tmp_path):
             assert_close(again(input_ids=ids).logits, expected, "logits")
         with hfp.patch(again, mask=lambda layer: masks.sliding_window(4) if layer else None):
             again(input_ids=ids)  # what has no mask on purpose is not warned of
+
+
+def test_a_pattern_that_was_not_called():
+    with pytest.raises(hfp.MaskError, match=r"call it: sliding_window\(\.\.\.\)"):
+        hfp.patch(model_of("llama"), mask=masks.sliding_window)
