@@ -81,7 +81,9 @@ def _tile_chunk(layer: nn.Module, tile: int, changes: Changes) -> bool:
         return False
 
     def feed_forward_chunk(self: Any, x: Tensor) -> Tensor:
-        owner = nn.ModuleList([self.intermediate, self.output])
+        # All but attention: besides intermediate and output, pre-norm layers use a norm of theirs.
+        used = [m for name, m in self.named_children() if not name.endswith("attention")]
+        owner = nn.ModuleList(used)
         return tiled(lambda part: method(self, part), owner, x, tile)
 
     changes.replace(layer, _CHUNK, feed_forward_chunk)

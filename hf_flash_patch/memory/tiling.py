@@ -19,7 +19,7 @@ def tiled(function: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor, til
     Args:
         function: of (batch, tokens, hidden_size), each token by itself; what it draws at random is
             replayed in the backward.
-        owner: holds the parameters that the function uses.
+        owner: holds the parameters that the function uses; it may hold others.
         x: (..., hidden_size).
         tile: tokens at a time; fewer are done as they are.
     """
@@ -94,6 +94,8 @@ class _Tiled(torch.autograd.Function):
                 part = x[:, tokens].detach().requires_grad_(wanted)
                 with torch.enable_grad(), torch.autocast(**ctx.autocast):
                     out = ctx.function(part)
+                if not out.requires_grad:  # all that is trained is what the function does not use
+                    continue
                 inputs = ((part,) if wanted else ()) + ctx.parameters
                 found = torch.autograd.grad(out, inputs, grad_output[:, tokens], allow_unused=True)
                 if grad_x is not None:
