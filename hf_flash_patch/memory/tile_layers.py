@@ -15,7 +15,7 @@ from .technique import Changes, Technique, changing
 from .tiling import TILE, tiled
 
 _MLP = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
-_NORM = re.compile(r"(RMS|Layer)_?Norm", re.IGNORECASE)
+_NORM = re.compile(r"(RMS|Layer)_?Norm(1P)?$", re.IGNORECASE)  # LayerNorm2d is of images
 _CHUNK = "feed_forward_chunk"  # BERT-like layers: intermediate and output in one method
 
 

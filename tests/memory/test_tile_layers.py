@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.eomt.modeling_eomt import EomtLayerNorm2d
 
 import hf_flash_patch as hfp
 from hf_flash_patch.memory import chunked_loss, offload_checkpoints, tile_layers
@@ -25,6 +26,7 @@ FOUND = {
     "olmo2": "2 MLPs and 5 norms",
     "gpt_neox": "2 MLPs and 5 norms",
     "phi": "2 MLPs and 3 norms",
+    "nemotron": "2 MLPs and 5 norms",  # LayerNorm1P
 }
 # Whose layers have their MLP in a method, with what it takes to build and to call them.
 CHUNKED: dict[str, tuple[dict, dict]] = {
@@ -32,8 +34,18 @@ CHUNKED: dict[str, tuple[dict, dict]] = {
     for family in (
         *("bert", "bert-generation", "big_bird", "camembert", "canine", "convbert"),
         *("data2vec-text", "electra", "ernie", "esm", "fnet", "git", "layoutlm", "luke"),
-        *("markuplm", "megatron-bert", "mra", "nystromformer", "rembert", "roberta", "roc_bert"),
-        *("roformer", "splinter", "tapas", "visual_bert", "xlm-roberta", "xlm-roberta-xl", "yoso"),
+        *("markuplm", "megatron-bert", "mra", "nystromformer", "rembert", "roberta"),
+        *(
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "splinter",
+            "tapas",
+            "visual_bert",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "yoso",
+        ),
     )
 }
 BOXES = {"bbox": torch.zeros(2, SEQLEN, 4, dtype=torch.long)}
@@ -78,6 +90,19 @@ def test_mlps_in_a_method(family):
     expected = logits_and_gradients(forward, model, None)
     with tile_layers(model, tile=7):
         assert_same_step(logits_and_gradients(forward, model, None), expected)
+
+
+def test_what_is_only_named_after_a_norm():
+    """Parts of RobertaPreLayerNorm, which take more than a tensor; and norms of images."""
+    model = model_of("roberta-prelayernorm", AutoModelForMaskedLM)
+    with tile_layers(model) as technique:
+        assert "2 MLPs and 3 norms" in str(technique)
+        assert "forward" not in vars(model.roberta_prelayernorm.encoder)
+    owner = torch.nn.Module()
+    owner.norm = EomtLayerNorm2d(4)
+    model.owner = owner
+    with tile_layers(model):
+        assert "forward" not in vars(owner.norm)
 
 
 def test_parameters_that_a_function_leaves_out():
