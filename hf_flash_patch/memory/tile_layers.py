@@ -16,6 +16,7 @@ from .tiling import TILE, tiled
 
 _MLP = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
 _NORM = re.compile(r"(RMS|Layer)_?Norm(1P)?$", re.IGNORECASE)  # LayerNorm2d is of images
+_EXPERTS = re.compile(r"router|expert", re.IGNORECASE)  # children of an MLP that is a mixture
 _CHUNK = "feed_forward_chunk"  # BERT-like layers: intermediate and output in one method
 
 
@@ -64,6 +65,8 @@ def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes)
     """Tiles a module of a kind, if it takes one tensor; whether it did."""
     named = getattr(module, "original_module", module)  # below a module that peft trains whole
     if not kind.search(type(named).__name__) or len(_parameters(type(named).forward)) != 2:
+        return False
+    if any(_EXPERTS.search(name) for name, _ in named.named_children()):
         return False
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:

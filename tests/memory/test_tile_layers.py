@@ -257,9 +257,26 @@ def test_the_backward_runs_once():
 def test_what_it_is_not_for():
     with pytest.raises(ValueError, match="tile=0"):
         tile_layers(model_of("llama"), tile=0)
-    model = model_of("mixtral", AutoModelForCausalLM)
-    with pytest.raises(hfp.UnsupportedModelError, match="MixtralForCausalLM has no layers with an"):
-        tile_layers(model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_mixtures_of_experts(family):
+    """Whose class may be named like any MLP."""
+    model = model_of(family, AutoModelForCausalLM)
+    for _ in range(2):  # as if nothing had been tried
+        with pytest.raises(hfp.UnsupportedModelError, match="ForCausalLM has no layers"):
+            tile_layers(model)
     assert not any("forward" in vars(module) for module in model.modules())
-    with pytest.raises(hfp.UnsupportedModelError, match="has no layers with an MLP"):
-        tile_layers(model)  # as if nothing had been tried
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+def test_results_that_tiles_cannot_make(tokens):
+    """Told at any length, not when the first long sequence comes."""
+    owner, x = torch.nn.Linear(4, 4), torch.randn(1, tokens, 4)
+    for function, what in (
+        (lambda part: (owner(part), part), "a tuple"),
+        (lambda part: owner(part)[0], r"\(\d, 4\) of \(1, \d, 4\)"),
+        (lambda part: owner(part).mean(1, keepdim=True), r"\(1, 1, 4\) of \(1, \d, 4\)"),
+    ):
+        with pytest.raises(hfp.UnsupportedModelError, match=f"Linear .* {what}"):
+            tiled(function, owner, x, 4)
