@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -159,9 +159,9 @@ class LazyLogits(Tensor):
                     "restore() it for this model."
                 )
             if torch.is_grad_enabled():
+                shape = tuple(next(_lazy((args, kwargs))).shape)
                 warnings.warn(
-                    f"{name} needs all logits: {tuple(logits.shape) if logits is not None else ''} "
-                    "are computed, in spite of chunked_loss.",
+                    f"{name} needs all logits: {shape} are computed, in spite of chunked_loss.",
                     stacklevel=2,
                 )
             args, kwargs = _map(_computed, args), _map(_computed, kwargs)
@@ -274,6 +274,15 @@ def _computed(value: Any) -> Any:
     if not isinstance(value, LazyLogits):
         return value
     return _through(value._steps, F.linear(value._hidden, *_weights(value._head)))
+
+
+def _lazy(values: Any) -> Iterator[LazyLogits]:
+    """Those in what a function was called with: cat and stack have them in a list."""
+    if isinstance(values, LazyLogits):
+        yield values
+    elif isinstance(values, (list, tuple, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _lazy(value)
 
 
 def _map(function: Callable[[Any], Any], values: Any) -> Any:

@@ -15,7 +15,8 @@ from .technique import Changes, Technique, changing
 from .tiling import TILE, tiled
 
 _MLP = re.compile(r"(MLP|FeedForward|FFN)$", re.IGNORECASE)
-_NORM = re.compile(r"(RMS|Layer)_?Norm", re.IGNORECASE)
+_NORM = re.compile(r"(RMS|Layer)_?Norm(1P)?$", re.IGNORECASE)  # LayerNorm2d is of images
+_EXPERTS = re.compile(r"router|expert", re.IGNORECASE)  # children of an MLP that is a mixture
 _CHUNK = "feed_forward_chunk"  # BERT-like layers: intermediate and output in one method
 
 
@@ -65,6 +66,8 @@ def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes)
     named = getattr(module, "original_module", module)  # below a module that peft trains whole
     if not kind.search(type(named).__name__) or len(_parameters(type(named).forward)) != 2:
         return False
+    if any(_EXPERTS.search(name) for name, _ in named.named_children()):
+        return False
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return tiled(lambda part: type(self).forward(self, part), self, x, tile)
@@ -81,7 +84,9 @@ def _tile_chunk(layer: nn.Module, tile: int, changes: Changes) -> bool:
         return False
 
     def feed_forward_chunk(self: Any, x: Tensor) -> Tensor:
-        owner = nn.ModuleList([self.intermediate, self.output])
+        # All but attention: besides intermediate and output, pre-norm layers use a norm of theirs.
+        used = [m for name, m in self.named_children() if not name.endswith("attention")]
+        owner = nn.ModuleList(used)
         return tiled(lambda part: method(self, part), owner, x, tile)
 
     changes.replace(layer, _CHUNK, feed_forward_chunk)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
+
 TILE = 8192  # tokens; an MLP of width 14336 then takes 0.2 GiB for each of its activations in bf16
 
 
@@ -19,13 +21,16 @@ def tiled(function: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor, til
     Args:
         function: of (batch, tokens, hidden_size), each token by itself; what it draws at random is
             replayed in the backward.
-        owner: holds the parameters that the function uses.
+        owner: holds the parameters that the function uses; it may hold others.
         x: (..., hidden_size).
         tile: tokens at a time; fewer are done as they are.
+
+    Raises:
+        UnsupportedModelError: the function gives anything but one tensor, of the same tokens.
     """
     tokens = x.shape[:-1].numel()
     if tokens <= tile:
-        return function(x)
+        return _of_its_tokens(function(x), x, owner)
     rows = x.reshape(1, tokens, x.shape[-1])
     parameters = [p for p in owner.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (x.requires_grad or parameters):
@@ -34,14 +39,30 @@ def tiled(function: Callable[[Tensor], Tensor], owner: nn.Module, x: Tensor, til
         kept = _Keep.apply(torch.empty(0, requires_grad=True), rows)
         out = _Tiled.apply(function, owner, tile, [kept], rows, *parameters)  # no input of it
     else:
-        out = _forward(function, rows, tile)
+        out = _forward(function, owner, rows, tile)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def _forward(function: Callable[[Tensor], Tensor], rows: Tensor, tile: int) -> Tensor:
+def _of_its_tokens(result: Any, x: Tensor, owner: nn.Module) -> Tensor:
+    """The result for x, if it can be put together from those for its tokens."""
+    if isinstance(result, Tensor) and result.shape[:-1] == x.shape[:-1]:
+        return result
+    what = f"a {type(result).__name__}"
+    if isinstance(result, Tensor):
+        what = f"{tuple(result.shape)} of {tuple(x.shape)}"
+    raise UnsupportedModelError(
+        f"tile_layers takes modules that make one vector of each token; {type(owner).__name__} "
+        f"made {what}. restore() it for this model."
+    )
+
+
+def _forward(
+    function: Callable[[Tensor], Tensor], owner: nn.Module, rows: Tensor, tile: int
+) -> Tensor:
     out: Tensor | None = None
     for start in range(0, rows.shape[1], tile):
-        part = function(rows[:, start : start + tile])
+        x = rows[:, start : start + tile]
+        part = _of_its_tokens(function(x), x, owner)
         if out is None:
             out = part.new_empty(1, rows.shape[1], part.shape[-1])
         out[:, start : start + tile] = part
@@ -76,7 +97,7 @@ class _Tiled(torch.autograd.Function):
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
-        return _forward(function, x, tile)
+        return _forward(function, owner, x, tile)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,6 +115,8 @@ class _Tiled(torch.autograd.Function):
                 part = x[:, tokens].detach().requires_grad_(wanted)
                 with torch.enable_grad(), torch.autocast(**ctx.autocast):
                     out = ctx.function(part)
+                if not out.requires_grad:  # all that is trained is what the function does not use
+                    continue
                 inputs = ((part,) if wanted else ()) + ctx.parameters
                 found = torch.autograd.grad(out, inputs, grad_output[:, tokens], allow_unused=True)
                 if grad_x is not None:

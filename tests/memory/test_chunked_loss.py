@@ -70,6 +70,13 @@ def test_other_uses_of_logits():
         logits = model(**batch()).logits
         with pytest.warns(UserWarning, match=r"softmax needs all logits: \(2, 24, 99\)"):
             logits.softmax(-1)
+        for use in (
+            lambda: torch.cat([logits, logits]),
+            lambda: torch.stack(tensors=(logits,)),
+            lambda: torch.where(torch.tensor(True), logits, 0.0),
+        ):
+            with pytest.warns(UserWarning, match=r"needs all logits: \(2, 24, 99\) are computed"):
+                assert use().shape[-2:] == (24, 99)
         with pytest.raises(hfp.UnsupportedModelError, match="add_ would change logits in place"):
             logits.add_(1)
 

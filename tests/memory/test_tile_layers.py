@@ -6,14 +6,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.models.eomt.modeling_eomt import EomtLayerNorm2d
 
 import hf_flash_patch as hfp
 from hf_flash_patch.memory import chunked_loss, offload_checkpoints, tile_layers
 from hf_flash_patch.memory.tiling import tiled
-from tests.integration.tiny import VOCAB_SIZE
+from tests.integration.tiny import VOCAB_SIZE, logits_and_gradients, token_ids
 
-from .conftest import FAMILIES, Largest, assert_same_step, model_of, step
+from .conftest import FAMILIES, SEQLEN, Largest, assert_same_step, model_of, step
 
 WIDTH = 37  # of the MLPs, and of nothing else
 FOUND = {
@@ -25,7 +26,33 @@ FOUND = {
     "olmo2": "2 MLPs and 5 norms",
     "gpt_neox": "2 MLPs and 5 norms",
     "phi": "2 MLPs and 3 norms",
+    "nemotron": "2 MLPs and 5 norms",  # LayerNorm1P
 }
+# Whose layers have their MLP in a method, with what it takes to build and to call them.
+CHUNKED: dict[str, tuple[dict, dict]] = {
+    family: ({}, {})
+    for family in (
+        *("bert", "bert-generation", "big_bird", "camembert", "canine", "convbert"),
+        *("data2vec-text", "electra", "ernie", "esm", "fnet", "git", "layoutlm", "luke"),
+        *("markuplm", "megatron-bert", "mra", "nystromformer", "rembert", "roberta"),
+        *(
+            "roberta-prelayernorm",
+            "roc_bert",
+            "roformer",
+            "splinter",
+            "tapas",
+            "visual_bert",
+            "xlm-roberta",
+            "xlm-roberta-xl",
+            "yoso",
+        ),
+    )
+}
+BOXES = {"bbox": torch.zeros(2, SEQLEN, 4, dtype=torch.long)}
+CHUNKED["bros"] = {"hidden_size": 64}, {"bbox": torch.rand(2, SEQLEN, 8)}
+CHUNKED["layoutlmv3"] = {"coordinate_size": 5, "shape_size": 6, "visual_embed": False}, BOXES
+CHUNKED["lilt"] = {"hidden_size": 48}, BOXES
+CHUNKED["xmod"] = {"default_language": "en_XX"}, {}
 
 
 def wide(family, **more):
@@ -49,6 +76,42 @@ def test_same_step(family):
     with Largest(WIDTH) as largest:
         assert_same_step(step(model), expected)
     assert largest.rows == 48
+
+
+@pytest.mark.parametrize("family", CHUNKED)
+def test_mlps_in_a_method(family):
+    """Its norm may be the layer's own, before the MLP or behind it."""
+    overrides, inputs = CHUNKED[family]
+    model = model_of(family, AutoModel, **overrides)
+
+    def forward():
+        return model(input_ids=token_ids(2, SEQLEN), **inputs)[0]
+
+    expected = logits_and_gradients(forward, model, None)
+    with tile_layers(model, tile=7):
+        assert_same_step(logits_and_gradients(forward, model, None), expected)
+
+
+def test_what_is_only_named_after_a_norm():
+    """Parts of RobertaPreLayerNorm, which take more than a tensor; and norms of images."""
+    model = model_of("roberta-prelayernorm", AutoModelForMaskedLM)
+    with tile_layers(model) as technique:
+        assert "2 MLPs and 3 norms" in str(technique)
+        assert "forward" not in vars(model.roberta_prelayernorm.encoder)
+    owner = torch.nn.Module()
+    owner.norm = EomtLayerNorm2d(4)
+    model.owner = owner
+    with tile_layers(model):
+        assert "forward" not in vars(owner.norm)
+
+
+def test_parameters_that_a_function_leaves_out():
+    """They may be all that is trained: a Q-Former has MLPs for queries beside those for text."""
+    owner = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+    owner[0].requires_grad_(False)
+    x = torch.randn(1, 6, 4)
+    (tiled(owner[0], owner, x, 2) + owner[1](x)).sum().backward()
+    assert owner[0].weight.grad is None and owner[1].weight.grad is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -194,9 +257,26 @@ def test_the_backward_runs_once():
 def test_what_it_is_not_for():
     with pytest.raises(ValueError, match="tile=0"):
         tile_layers(model_of("llama"), tile=0)
-    model = model_of("mixtral", AutoModelForCausalLM)
-    with pytest.raises(hfp.UnsupportedModelError, match="MixtralForCausalLM has no layers with an"):
-        tile_layers(model)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_mixtures_of_experts(family):
+    """Whose class may be named like any MLP."""
+    model = model_of(family, AutoModelForCausalLM)
+    for _ in range(2):  # as if nothing had been tried
+        with pytest.raises(hfp.UnsupportedModelError, match="ForCausalLM has no layers"):
+            tile_layers(model)
     assert not any("forward" in vars(module) for module in model.modules())
-    with pytest.raises(hfp.UnsupportedModelError, match="has no layers with an MLP"):
-        tile_layers(model)  # as if nothing had been tried
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+def test_results_that_tiles_cannot_make(tokens):
+    """Told at any length, not when the first long sequence comes."""
+    owner, x = torch.nn.Linear(4, 4), torch.randn(1, tokens, 4)
+    for function, what in (
+        (lambda part: (owner(part), part), "a tuple"),
+        (lambda part: owner(part)[0], r"\(\d, 4\) of \(1, \d, 4\)"),
+        (lambda part: owner(part).mean(1, keepdim=True), r"\(1, 1, 4\) of \(1, \d, 4\)"),
+    ):
+        with pytest.raises(hfp.UnsupportedModelError, match=f"Linear .* {what}"):
+            tiled(function, owner, x, 4)
