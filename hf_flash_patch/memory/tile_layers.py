@@ -68,6 +68,8 @@ def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes)
         return False
     if any(_EXPERTS.search(name) for name, _ in named.named_children()):
         return False
+    if getattr(named, "data_format", None) == "channels_first":  # norms of images: no tokens
+        return False
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         return tiled(lambda part: type(self).forward(self, part), self, x, tile)

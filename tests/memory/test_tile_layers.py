@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.eomt.modeling_eomt import EomtLayerNorm2d
+from transformers.models.got_ocr2.modeling_got_ocr2 import GotOcr2LayerNorm
 
 import hf_flash_patch as hfp
 from hf_flash_patch.memory import chunked_loss, offload_checkpoints, tile_layers
@@ -100,9 +101,10 @@ def test_what_is_only_named_after_a_norm():
         assert "forward" not in vars(model.roberta_prelayernorm.encoder)
     owner = torch.nn.Module()
     owner.norm = EomtLayerNorm2d(4)
+    owner.other = GotOcr2LayerNorm(4, data_format="channels_first")
     model.owner = owner
     with tile_layers(model):
-        assert "forward" not in vars(owner.norm)
+        assert "forward" not in vars(owner.norm) and "forward" not in vars(owner.other)
 
 
 def test_parameters_that_a_function_leaves_out():
