@@ -163,12 +163,14 @@ class BackwardConsumer {
     }
   }
 
+  // How many eights of columns of this consumer's dQ the first has as well.
+  __device__ int skipped_dq() const { return B::kHeadDim == 96 && group_ == 1 ? 4 : 0; }
   // Columns [first, first + kN) of this consumer's dQ. Waits until what was there has left.
   template <int kN>
   __device__ __forceinline__ void store_dq(const float (&dq)[kNQ][4], int first) {
     barrier_wait(smem_address(bars_->dq_empty + group_), dq_parity_ ^ 1);
     const uint32_t to = at(B::kAtDq) + B::dq_offset(group_) / B::kDqRounds + threadIdx.x % 128 * 16;
-    const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;  // what the first consumer has
+    const int skipped = skipped_dq();
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       if (j < 4 && skipped) continue;
@@ -179,7 +181,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void finish_dq(const KeyBlock<B>& work, const typename B::Step& step,
                                             const float (&dq)[kNQ][4]) {
     barrier_wait(smem_address(bars_->dq_loaded + group_), dq_parity_);
-    const int skipped = B::kHeadDim == 96 && group_ == 1 ? 4 : 0;
+    const int skipped = skipped_dq();
     const uint32_t from = at(B::kAtDq) + B::dq_offset(group_) + threadIdx.x % 128 * 16;
     const int row = step.row0 + (B::kByRows ? 64 * group_ : 0) + 16 * warp_ + lane_ / 4, column = B::dq_column(group_);
     Element* to = row_pointer<Element>(a_.p.dq, work.seq.batch, row, step.head) + column;

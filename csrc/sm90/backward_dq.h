@@ -177,6 +177,15 @@ class Tidier {
   Rounder<B> rounder_;
 };
 
+// To each consumer its part of dQ's tile, as soon as what it left there has been read.
+template <class B>
+__device__ __forceinline__ void give_dq_back(typename B::Barriers* bars) {
+  bulk_wait_read<1>();
+  barrier_arrive(smem_address(bars->dq_empty));
+  bulk_wait_read<0>();
+  barrier_arrive(smem_address(bars->dq_empty + 1));
+}
+
 // One thread that adds what the consumers leave in shared memory to dQ's accumulator.
 template <class B>
 class Adder {
@@ -223,10 +232,7 @@ class Adder {
         bulk_add(to + (B::dq_offset(w) + round * bytes) / 4, tile_ + B::dq_offset(w) / B::kDqRounds, bytes);
         bulk_commit();
       }
-      bulk_wait_read<1>();
-      barrier_arrive(smem_address(bars_->dq_empty));
-      bulk_wait_read<0>();
-      barrier_arrive(smem_address(bars_->dq_empty + 1));
+      give_dq_back<B>(bars_);
       parity_ ^= 1;
     }
     if (turn) {

@@ -44,10 +44,7 @@ class OwnedAdder {
         if (!closes && !opens) bulk_add(accum + offset, part, bytes);
         bulk_commit();
       });
-      bulk_wait_read<1>();
-      barrier_arrive(smem_address(bars_->dq_empty));
-      bulk_wait_read<0>();
-      barrier_arrive(smem_address(bars_->dq_empty + 1));
+      give_dq_back<B>(bars_);
       parity_ ^= 1;
     }
   }

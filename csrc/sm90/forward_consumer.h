@@ -167,7 +167,7 @@ class Consumer {
     q_.next();
   }
   // Behind the first product, which waits for the registers. An arrival waits for no load: right behind the loads it
-  // let the next Q overwrite rows that were still to be read (128 columns, tiles of one block of keys: one row in 200).
+  // let the next Q overwrite rows that were still to be read (128 columns, one block of keys a tile: 1 output in 200).
   __device__ __forceinline__ void release_registers_q() {
     if constexpr (F::kQInRegisters) {
       __syncwarp();

@@ -100,7 +100,9 @@ class MaskArguments:
         given = self._given()
         for name, tensor in given.items():
             if not isinstance(tensor, torch.Tensor):
-                raise MaskError(f"{name} is a {type(tensor).__name__}; it has to be a tensor.")
+                raise MaskError(
+                    f"{name} is of type {type(tensor).__name__}; it has to be a tensor."
+                )
             if tensor.device != q.device:
                 raise MaskError(
                     f"{name} is on {tensor.device}, q on {q.device}; move it once, before "

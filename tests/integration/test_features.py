@@ -13,7 +13,8 @@ from transformers import (
 import hf_flash_patch as hfp
 from hf_flash_patch.integration import attention as integration
 from hf_flash_patch.integration.attention import hfp_attention
-from hf_flash_patch.integration.masking import hfp_mask
+from hf_flash_patch.integration.masking import AttentionMask, hfp_mask
+from hf_flash_patch.integration.request import Request
 from tests.integration.tiny import (
     assert_close,
     assert_same_as_eager,
@@ -386,6 +387,26 @@ def test_prefix_tuning_of_an_encoder_without_a_mask():
 
 
 def test_keys_out_of_a_convolution():
-    """k and v come with another dimension contiguous, which no user could change."""
+    """k and v come with another dimension contiguous, without gradients."""
     model = tiny_model(AutoModelForCausalLM, "inkling_text")
-    assert_same_as_eager(model, lambda: model(token_ids()).logits)
+    with torch.no_grad():
+        expected = model(token_ids()).logits
+        with hfp.patched(model):
+            assert_close(model(token_ids()).logits, expected, "logits")
+
+
+@pytest.mark.parametrize("hides", ["nothing", "causal", "window", "padding"])
+def test_a_mask_for_fewer_keys(hides):
+    """It fits whatever comes only if it hides nothing."""
+    rules = {"causal": hides == "causal", "window_size": (3, 3) if hides == "window" else (-1, -1)}
+    if hides == "padding":
+        rules["key_range"] = torch.tensor([[0, 5], [2, 12]], dtype=torch.int32)
+    mask = AttentionMask(
+        batch_size=2, seqlen_q=12, seqlen_k=12, device=torch.device("cpu"), **rules
+    )
+    request = Request(2, 12, 16, torch.device("cpu"))
+    if hides == "nothing":
+        assert request.resolve(mask, False, None)[0].sizes == (2, 12, 16)
+    else:
+        with pytest.raises(hfp.MaskError, match="made for"):
+            request.resolve(mask, False, None)

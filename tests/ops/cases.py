@@ -215,10 +215,10 @@ def check(problem: Problem, *, with_dlse: bool = True, **options) -> Result:
     return actual
 
 
-def check_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compare output and lse of `attention` without gradients with the specification."""
+def run_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and lse of the problem by `attention`, without gradients."""
     with torch.no_grad():
-        out, lse = attention(
+        return attention(
             problem.q,
             problem.k,
             problem.v,
@@ -226,6 +226,12 @@ def check_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tens
             return_lse=True,
             **{**problem.options, **options},
         )
+
+
+def check_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare output and lse of `attention` without gradients with the specification."""
+    out, lse = run_forward(problem, **options)
+    with torch.no_grad():
         (out_ref, lse_ref), (out_peer, _) = (
             attention_reference(
                 problem.q.to(dtype),

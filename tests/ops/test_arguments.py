@@ -111,7 +111,7 @@ VARLEN = {
     "empty": ((CU[:1], CU[:1], 5, 5), r"cu_seqlens_q has dtype torch.int32 and shape \(1,\)"),
     "device": ((CU.to("meta"), CU, 5, 5), "cu_seqlens_q is on meta, q on cpu"),
     "batch": ((CU, cumulative([1, 2, 5]), 5, 5), "cu_seqlens_q describes 2 sequences.* 3;"),
-    "list": (([0, 3, 8], CU, 5, 5), "cu_seqlens_q is a list; it has to be a tensor"),
+    "list": (([0, 3, 8], CU, 5, 5), "cu_seqlens_q is of type list; it has to be a tensor"),
     "missing": ((CU, None, 5, 5), "cu_seqlens_k is missing"),
     "first": ((CU + 1, CU, 5, 5), r"cu_seqlens_q is \[1, 4, 9\]; it has to start at 0"),
     "decreasing": ((CU, cumulative([9, -1]), 9, 9), r"cu_seqlens_k is \[0, 9, 8\].*never decrease"),

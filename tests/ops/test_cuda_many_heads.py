@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_flash_patch.ops.functional import attention
 from tests.ops.cases import (
     COMMON,
     DENSE_ONLY,
@@ -14,6 +13,7 @@ from tests.ops.cases import (
     check_forward,
     make_problem,
     run,
+    run_forward,
     with_random_blocks,
 )
 
@@ -29,19 +29,6 @@ def problem_of(features: tuple[str, ...], **shape: object) -> Problem:
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     fixed = {"batch": processors // heads_k, "num_heads": 4, "dtype": BF16, "device": "cuda"}
     return make_problem(features, **{**fixed, **shape})
-
-
-def forward(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        return attention(
-            problem.q,
-            problem.k,
-            problem.v,
-            mask=problem.mask,
-            return_lse=True,
-            backend="cuda",
-            **problem.options,
-        )
 
 
 @pytest.mark.parametrize("features", EACH, ids="+".join)
@@ -93,9 +80,9 @@ def test_short_tiles(seqlen_k, head_dim):
         problem = problem_of(features, seqlen_q=257, seqlen_k=seqlen_k, head_dim=head_dim)
         for _ in range(5):
             check_forward(problem, backend="cuda")
-        first = forward(problem)
+        first = run_forward(problem, backend="cuda")
         for _ in range(50):
-            again = forward(problem)
+            again = run_forward(problem, backend="cuda")
             assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
