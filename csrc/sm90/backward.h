@@ -39,8 +39,11 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
     for (int i = 0; i < B::kPlans; ++i) init(bars->plan_full + i, 1), init(bars->plan_empty + i, 2);
     barrier_init_fence();
   }
-  __syncthreads();
   sm80::wait_for_previous_kernel();
+  // The first block of keys too is whoever's comes first: thread blocks wait for each other's dQ, and some may start
+  // when others have ended, where another kernel holds multiprocessors.
+  if (!B::kOwns && threadIdx.x == 0) bars->first_item = atomicAdd(&a.counters->next_item, 1);
+  __syncthreads();
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<B::kProducerRegisters>();
     if (threadIdx.x == 0) Loader<B>(a, bars, base).run();

@@ -165,7 +165,7 @@ class Tidier {
 
   // Those of the key blocks that have been handed out, and of as many as run at once after them.
   __device__ int groups_wanted() const {
-    const int ahead = load_acquire(&a_.counters->next_item) + 2 * static_cast<int>(gridDim.x);
+    const int ahead = load_acquire(&a_.counters->next_item) + static_cast<int>(gridDim.x);
     if (ahead >= a_.total) return a_.groups;
     return static_cast<int>((a_.section_items.divide(ahead) + 1) * a_.section_heads.divisor());
   }

@@ -90,7 +90,7 @@ struct Backward {
     uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty, round_full[1 + 4 * kConsumers];
     Plan plan[kPlans];
     Step step[kStagesQ];
-    int tile;
+    int tile, first_item;
   };
   static constexpr int kAtK = 0;  // places of the tiles in shared memory
   static constexpr int kAtV = kAtK + TileK::kBytes;
@@ -169,7 +169,8 @@ struct KeyBlock {
 
 template <class B>
 __device__ TileQueue<typename B::Barriers> items_of(const BackwardArguments& a, typename B::Barriers* bars) {
-  return {&a.counters->next_item, a.total, bars, B::kOwns ? a.blocks : 1};
+  if constexpr (B::kOwns) return {&a.counters->next_item, a.total, bars, a.blocks};
+  return {&a.counters->next_item, a.total, bars, bars->first_item, /*begin=*/0, /*run=*/1};
 }
 
 // One thread that fetches the block's work and lays out its steps. It alone knows masks: in 24 registers, the loader

@@ -94,8 +94,12 @@ struct Work {
 template <class Barriers>
 class TileQueue {
  public:
+  // The first run of each thread block is its own, and the counter starts behind those.
   __device__ TileQueue(int* counter, int total, Barriers* bars, int run = 1)
-      : counter_(counter), total_(total), run_(run), bars_(bars), tile_(run * static_cast<int>(blockIdx.x)) {}
+      : TileQueue(counter, total, bars, run * static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), run) {}
+  // Tile `first` comes first, whoever said so; runs below `begin` are not the counter's.
+  __device__ TileQueue(int* counter, int total, Barriers* bars, int first, int begin, int run)
+      : counter_(counter), total_(total), begin_(begin), run_(run), bars_(bars), tile_(first) {}
 
   __device__ bool valid() const { return tile_ < total_; }
   __device__ int tile() const { return tile_; }
@@ -118,7 +122,7 @@ class TileQueue {
   __device__ bool fetch() {
     if (!counter_) return false;
     if (run_ == 1 || ++fetched_ == run_end_) {
-      fetched_ = run_ * (static_cast<int>(gridDim.x) + atomicAdd(counter_, 1));
+      fetched_ = run_ * (begin_ + atomicAdd(counter_, 1));
       run_end_ = fetched_ + run_;
     }
     barrier_wait(smem_address(&bars_->tile_empty), fetch_parity_);
@@ -130,7 +134,7 @@ class TileQueue {
 
  private:
   int* counter_;
-  int total_, run_;
+  int total_, begin_, run_;
   Barriers* bars_;
   int tile_;
   int fetched_ = tile_, run_end_ = tile_ + run_;
