@@ -46,18 +46,44 @@ class Softmax {
     for (int i = 0; i < kM; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float sum = 0.f;
-#pragma unroll
-        for (int j = 0; j < kN; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& x = s[i][j][2 * h + e];
-            x = exp2(fmaf(x, scale, -base_[i][h]));
-            sum += x;
-          }
+        const float sum = exponentials(s, i, h, scale, exp2);
         row_sum_[i][h] = kFirst ? sum : row_sum_[i][h] + sum;
       }
     return !kFirst && passes;
+  }
+
+  // The same without looking for a maximum, where all rows of the warp have a reference: relative to that as it is. The
+  // sum, which is needed anyway, says whether it may stay; if not, all shrinks, these probabilities too. kLost where
+  // they are beyond a float: the logits have to be made again, for update(), and nothing has changed.
+  enum class Kept { kAll, kShrunk, kLost };
+  template <int kN, class Exp2>
+  __device__ __forceinline__ Kept keep(float (&s)[kM][kN][4], float (&shrink)[kM][2], float scale, Exp2 exp2) {
+    float sums[kM][2];
+    bool stays = true;
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sums[i][h] = exponentials(s, i, h, scale, exp2);
+        stays &= sums[i][h] <= kMost;
+      }
+    stays = __all_sync(0xffffffffu, stays);
+    if (!stays && !lower(s, sums, shrink, scale)) return Kept::kLost;
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) row_sum_[i][h] += sums[i][h];
+    return stays ? Kept::kAll : Kept::kShrunk;
+  }
+
+  // Whether every row of the warp has a reference.
+  __device__ bool all_seen() const {
+    bool seen = true;
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) seen &= limit_[i][h] != -INFINITY;
+    return __all_sync(0xffffffffu, seen);
   }
 
   // What exponents of row (i, h) are taken from, -inf where it saw nothing.
@@ -87,12 +113,59 @@ class Softmax {
   // follow then, and what was summed before need not shrink. Probabilities reach 2^kSlack, which every dtype holds with
   // the same relative precision as 1.
   static constexpr float kSlack = 8.f;
+  static constexpr float kMost = 256.f;  // of a thread's sum over a block: 2^kSlack
+
+  // Of this thread's columns, the sum.
+  template <int kN, class Exp2>
+  __device__ __forceinline__ float exponentials(float (&s)[kM][kN][4], int i, int h, float scale, Exp2 exp2) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < kN; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[i][j][2 * h + e];
+        x = exp2(fmaf(x, scale, -base_[i][h]));
+        sum += x;
+      }
+    return sum;
+  }
+
+  // Moves the references up by powers of two until probabilities are at most 4. False where a sum is infinite.
+  template <int kN>
+  __device__ __forceinline__ bool lower(float (&s)[kM][kN][4], float (&sums)[kM][2], float (&shrink)[kM][2],
+                                        float scale) {
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) finite &= sums[i][h] < INFINITY;
+    if (!__all_sync(0xffffffffu, finite)) return false;
+#pragma unroll
+    for (int i = 0; i < kM; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float top = 1.f;
+#pragma unroll
+        for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        // Up to 2^126, whose inverse is still normal.
+        const int exponent = min(__float_as_int(row_max(top)) >> 23, 253) - 127;
+        shrink[i][h] = __int_as_float((127 - exponent) << 23);
+        base_[i][h] += exponent;
+        limit_[i][h] = __fdividef(base_[i][h] + kSlack, scale);
+        row_sum_[i][h] *= shrink[i][h];
+        sums[i][h] *= shrink[i][h];
+#pragma unroll
+        for (int j = 0; j < kN; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) s[i][j][2 * h + e] *= shrink[i][h];
+      }
+    return true;
+  }
 
   // The reference goes up to the row's maximum if that passes the limit; `top` is of this thread's columns.
   template <bool kFirst, class Exp2>
   __device__ __forceinline__ void follow(int i, int h, float top, float& shrink, float scale, Exp2 exp2) {
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    top = row_max(top);
     const bool follows = top > limit_[i][h];  // not if both are -inf
     const float base = follows ? top * scale : base_[i][h];
     if constexpr (!kFirst) {
@@ -102,6 +175,11 @@ class Softmax {
     }
     base_[i][h] = base;
     if (follows) limit_[i][h] = top + __fdividef(kSlack, scale);
+  }
+
+  __device__ static float row_max(float top) {
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    return fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
   }
 
   float base_[kM][2];     // the reference; 0 until the row has seen a key, because -inf - -inf is NaN

@@ -14,6 +14,7 @@ class Consumer {
   using TileQ = typename F::TileQ;
   using TileK = typename F::TileK;
   static constexpr int kNS = F::kBlockK / 8, kNO = F::kHeadDim / 8;
+  static constexpr int kZeroed = 1 + F::kConsumers;  // named barriers from here on, one a consumer
   using AccumulatorS = float (&)[4 * kNS];
   using AccumulatorO = float (&)[4 * kNO];
 
@@ -27,6 +28,7 @@ class Consumer {
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         tile_q_(tile_q + group_ * TileQ::kBytes),
+        tile_v_(tile_v),
         tile_o_(tile_o + group_ * TileQ::kBytes),
         desc_k_(TileK::along(tile_k)),
         desc_v_(TileK::down(tile_v)) {}
@@ -49,7 +51,7 @@ class Consumer {
     wgmma_wait<0>();
     pin(reinterpret_cast<AccumulatorS>(s));
     release(k_, bars_->k_empty);
-    probabilities<true>(work, softmax, s, shrink);
+    first_probabilities(work, softmax, s, shrink);
     round_to(prob, work, s);
 #pragma unroll 1
     for (;;) {
@@ -59,14 +61,14 @@ class Consumer {
         await_k();
         take_turn();
         issue_qk(s);
-        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        await_v();
         issue_pv(o, prob, accumulate);
         accumulate = 1;
         pass_turn();
         wgmma_wait<1>();
         pin(reinterpret_cast<AccumulatorS>(s));
         release(k_, bars_->k_empty);
-        const bool shrinks = probabilities<false>(work, softmax, s, shrink);
+        const bool shrinks = later_probabilities(work, softmax, s, shrink);
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
         pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
@@ -78,7 +80,7 @@ class Consumer {
       queue.next(true);
       const Work<F> done = work;
       if (!settle(queue, work)) {
-        barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+        await_v();
         issue_pv(o, prob, accumulate);
         wgmma_wait<0>();
         pin(reinterpret_cast<AccumulatorO>(o));
@@ -91,13 +93,13 @@ class Consumer {
       take_turn();
       issue_qk(s);
       release_registers_q();
-      barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+      await_v();
       issue_pv(o, prob, accumulate);
       pass_turn();
       wgmma_wait<1>();
       pin(reinterpret_cast<AccumulatorS>(s));
       release(k_, bars_->k_empty);
-      probabilities<true>(work, softmax, s, shrink);
+      first_probabilities(work, softmax, s, shrink);
       wgmma_wait<0>();
       pin(reinterpret_cast<AccumulatorO>(o));
       pin(reinterpret_cast<uint32_t (&)[F::kBlockK / 4]>(prob));
@@ -150,6 +152,17 @@ class Consumer {
       const typename F::Note note = bars_->note[k_.index];
       blocks_ = {uniform(note.block), uniform(note.bits), uniform(note.is_last)};
     }
+  }
+
+  // Whether a sequence's keys may end before the tensor does.
+  __device__ static bool ends_inside(const MaskParams& p) { return p.cu_seqlens_k || p.seqused_k; }
+  // V of the next product. Rows that are not the sequence's become zeros; every consumer writes all of them, as the
+  // others may be waiting for their turn.
+  __device__ __forceinline__ void await_v() {
+    barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
+    if (foreign_rows_ == 0) return;
+    TileK::clear_rows(tile_v_ + v_.index * TileK::kBytes, F::kBlockK - foreign_rows_, F::kBlockK, kZeroed + group_);
+    foreign_rows_ = 0;
   }
 
   // Q of a tile and its first K.
@@ -214,9 +227,64 @@ class Consumer {
     stage.next();
   }
 
-  template <bool kFirst>
-  __device__ __forceinline__ bool probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
-                                                float (&shrink)[1][2]) {
+  __device__ __forceinline__ void first_probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+                                                      float (&shrink)[1][2]) {
+    complete_logits(work, s);
+    const int past = (blocks_.block + 1) * F::kBlockK - work.seq.seqlen_k;
+    foreign_rows_ = ends_inside(a_.p.mask) ? max(past, 0) : 0;
+    softmax.template update<true>(s, shrink, a_.p.exp2_scale, exp2_approx);
+    if constexpr (F::kKeepsReference) all_seen_ = softmax.all_seen();
+  }
+  // Returns whether what was summed before has to shrink.
+  __device__ __forceinline__ bool later_probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
+                                                      float (&shrink)[1][2]) {
+    complete_logits(work, s);
+    if constexpr (F::kKeepsReference) {
+      if (all_seen_) {
+        const auto kept = softmax.keep(s, shrink, a_.p.exp2_scale, exp2_approx);
+        if (kept != Softmax<1>::Kept::kLost) return kept == Softmax<1>::Kept::kShrunk;
+        multiply_again(work, s);
+        complete_logits(work, s);
+      }
+    }
+    const bool shrinks = softmax.template update<false>(s, shrink, a_.p.exp2_scale, exp2_approx);
+    if constexpr (F::kKeepsReference) all_seen_ = softmax.all_seen();
+    return shrinks;
+  }
+  // S = Q K^T once more, by this warp alone and from memory: wgmma would need all four warps, and K's tile has been
+  // given back, which is what keeps the copies ahead. Rarely: the code is to be short.
+  __device__ __forceinline__ void multiply_again(const Work<F>& work, float (&s)[1][kNS][4]) const {
+    const int row = first_row(work) + lane_ / 4, key = blocks_.block * F::kBlockK + lane_ / 4;
+    const int head_k = a_.heads_per_group.divide(work.head);
+#pragma unroll 1
+    for (int j = 0; j < kNS; ++j) {
+      const int64_t row_k = work.seq.offset_k + min(sm80::not_hoisted(key) + 8 * j, work.seq.seqlen_k - 1);
+      float sum[4] = {};
+#pragma unroll 1
+      for (int column = 2 * (lane_ % 4); column < a_.p.head_dim; column += 16) {
+        uint32_t q[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int64_t row_q = work.seq.offset_q + min(sm80::not_hoisted(row) + 8 * (e % 2), work.seq.seqlen_q - 1);
+          q[e] = pair(a_.p.q, work.seq.batch, row_q, work.head, column + 8 * (e / 2));
+        }
+        sm80::mma<Element>(sum, q, pair(a_.p.k, work.seq.batch, row_k, head_k, column),
+                           pair(a_.p.k, work.seq.batch, row_k, head_k, column + 8));
+      }
+#pragma unroll
+      for (int i = 0; i < kNS; ++i)  // registers have no addresses
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[0][i][e] = i == j ? sum[e] : s[0][i][e];
+    }
+  }
+  // Two elements of a row, zeros behind its end.
+  __device__ uint32_t pair(const TensorView& t, int batch, int64_t row, int head, int column) const {
+    return column < a_.p.head_dim
+               ? *reinterpret_cast<const uint32_t*>(row_pointer<Element>(t, batch, row, head) + column)
+               : 0;
+  }
+  // Softcap and ALiBi, masks.
+  __device__ __forceinline__ void complete_logits(const Work<F>& work, float (&s)[1][kNS][4]) const {
     const int n = blocks_.block, row = first_row(work) + lane_ / 4, key0 = n * F::kBlockK;
     if constexpr (F::kVariant == Variant::kGeneral) {
       const LogitBias bias(a_.p, work.seq.batch, work.head);
@@ -228,7 +296,6 @@ class Consumer {
     if (F::kTold && blocks_.bits != kFullTile) {
       mask_by_tile(a_.p.mask.lists, blocks_.bits, s, sm80::not_hoisted(row), key0, lane_);
     }
-    return softmax.template update<kFirst>(s, shrink, a_.p.exp2_scale, exp2_approx);
   }
 
   // The accumulator of S is, rounded and without what dropout drops, the A operand of the next product.
@@ -289,12 +356,14 @@ class Consumer {
   typename F::Barriers* bars_;
   const Dropout dropout_;
   const int group_, lane_, warp_;
-  const uint32_t tile_q_, tile_o_;
+  const uint32_t tile_q_, tile_v_, tile_o_;
   const uint64_t desc_k_, desc_v_;
   uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
   std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is
   Stage<F::kStages> k_{0}, v_{0};
   Stage<F::kStagesQ> q_{0};
+  bool all_seen_ = false;  // by the rows of this warp
+  int foreign_rows_ = 0;   // at the end of the next V: of another sequence, or not in use
 };
 
 }  // namespace hfp::sm90

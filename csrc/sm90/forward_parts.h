@@ -32,12 +32,13 @@ struct ForwardTraits {  // registers of a consumer thread, d128: O 64, S 64, P 3
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
 };
 
-template <typename Element_, int kHeadDim_, Variant kVariant_, int kConsumers_>
+template <typename Element_, int kHeadDim_, Variant kVariant_, int kConsumers_, bool kKeepsReference_>
 struct Forward : ForwardTraits<kHeadDim_, kVariant_, kConsumers_> {
   using Traits = ForwardTraits<kHeadDim_, kVariant_, kConsumers_>;
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr Variant kVariant = kVariant_;
+  static constexpr bool kKeepsReference = kKeepsReference_;
   static constexpr int kBlockQ = 64 * Traits::kConsumers;
   static constexpr int kThreads = 128 * (Traits::kConsumers + 1);
 

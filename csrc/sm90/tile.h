@@ -44,6 +44,17 @@ struct Tile : sm80::Tile<kRows_, kCols_> {
       tma_store(map, tile + i * kPanelBytes + from * kRowBytes, col + i * kPanel, row, head, batch);
     }
   }
+  // Zeros to rows [first, end), by one warpgroup, for the products that follow: the copy engine writes zeros only past
+  // the tensor, not past the sequence, and 0 times NaN is NaN. `barrier` is the warpgroup's own.
+  __device__ __forceinline__ static void clear_rows(uint32_t tile, int first, int end, int barrier) {
+    constexpr int kChunks = kRowBytes / 16;
+    const int chunks = (end - first) * kChunks;
+    for (int i = threadIdx.x % 128; i < chunks * kPanels; i += 128) {
+      store_shared_float4(tile + i / chunks * kPanelBytes + first * kRowBytes + i % chunks * 16, {0.f, 0.f, 0.f, 0.f});
+    }
+    async_fence_shared();
+    named_sync(barrier, 128);
+  }
 
  private:
   __device__ static uint64_t descriptor(uint32_t addr, uint32_t leading) {

@@ -98,21 +98,63 @@ def test_head_dims(head_dim, dtype):
         check(problem, backend="cuda")
 
 
+def raise_logits(problem, nats):
+    """Adds `nats`, of shape (seqlen_k,), to the logits of each key."""
+    head_dim, dtype = problem.q.shape[-1], problem.q.dtype
+    direction = torch.nn.functional.normalize(torch.randn(head_dim, device="cuda"), dim=0)
+    slope = direction * nats[:, None, None] * head_dim**0.5 / 8
+    problem.q = (problem.q + 8 * direction).to(dtype)
+    problem.k = (problem.k + slope).to(dtype)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("rise", [2.0, 8.0, 60.0, -60.0])
 def test_logits_that_rise(rise, head_dim, dtype):
     """By so much every 128 keys, towards the first, where kernels end; also past any exponent."""
-    for features in ((), ("causal", "gqa"), ("dropout", "holes")):
-        problem = make_problem(
-            features, seqlen_q=300, seqlen_k=700, head_dim=head_dim, dtype=dtype, device="cuda"
-        )
-        direction = torch.nn.functional.normalize(torch.randn(head_dim, device="cuda"), dim=0)
-        height = rise * (700 - torch.arange(700, device="cuda")) / 128
-        slope = direction * height[:, None, None] * head_dim**0.5 / 8
-        problem.q = (problem.q + 8 * direction).to(dtype)
-        problem.k = (problem.k + slope).to(dtype)
+    cases = ((), ("causal", "gqa"), ("dropout", "holes"))
+    for features, seqlen_k in (*((f, 700) for f in cases), ((), 2300), (("causal", "gqa"), 2300)):
+        shape = {"seqlen_q": 300, "seqlen_k": seqlen_k, "head_dim": head_dim}
+        problem = make_problem(features, dtype=dtype, device="cuda", **shape)
+        raise_logits(problem, rise * (700 - torch.arange(seqlen_k, device="cuda")).relu() / 128)
         check(problem, backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [20, 32, 64, 96, 128, 256])
+def test_keys_that_draw_everything(head_dim, dtype):
+    """Some that come late, by less than an exponent, more, and far more."""
+    for features in ((), ("causal", "gqa"), ("left_window",), ("holes", "strided")):
+        shape = {"seqlen_q": 300, "seqlen_k": 2300, "head_dim": head_dim}
+        problem = make_problem(features, dtype=dtype, device="cuda", **shape)
+        nats = torch.zeros(2300, device="cuda")
+        nats[1600:1610], nats[900:910], nats[3] = 12.0, 120.0, 300.0
+        raise_logits(problem, nats)
+        check(problem, backend="cuda")
+
+
+# What goes without a variant of its own; documents need as many queries as keys.
+PLAIN = ("causal", "left_window", "scale", "gqa", "strided", "seqused", "padding", "holes")
+
+
+@pytest.mark.parametrize("features", pairs(PLAIN), ids="+".join)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_keys(features, head_dim):
+    """From 2048 keys on the forward looks for no maximum once all rows have seen one."""
+    shape = {"seqlen_q": 330, "seqlen_k": 2345, "head_dim": head_dim}
+    check(make_problem(features, dtype=BF16, device="cuda", **shape), backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_many_keys_and_head_dims(head_dim, dtype):
+    for features in ((), ("causal", "gqa", "strided"), ("holes", "seqused")):
+        shape = {"seqlen_q": 150, "seqlen_k": 2345, "head_dim": head_dim}
+        check(make_problem(features, dtype=dtype, device="cuda", **shape), backend="cuda")
+    documents = make_problem(
+        ("documents", "causal"), seqlen_q=2100, head_dim=head_dim, dtype=dtype, device="cuda"
+    )
+    check(documents, backend="cuda")
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
@@ -313,3 +355,30 @@ def test_torch_engine_on_the_gpu(features):
             features, lengths_q=lengths_q, lengths_k=lengths_k, dtype=BF16, device="cuda"
         )
         check(problem, backend="torch")
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_what_lies_behind_a_sequence_is_not_multiplied(head_dim):
+    """Not even by 0: NaN in the unused part of a cache, infinity in the next sequence."""
+    for features in ((), ("causal", "gqa"), ("dropout",), ("softcap",)):
+        shape = {"seqlen_q": 128, "seqlen_k": 1024, "head_dim": head_dim}
+        problem = make_problem(features, dtype=BF16, device="cuda", **shape)
+        used = torch.tensor([100, 777], dtype=torch.int32, device="cuda")
+        problem.mask = MaskArguments(seqused_k=used)
+        dout = torch.randn_like(problem.q)
+        expected = run(problem, dout, None, backend="cuda")
+        for b, n in enumerate(used.tolist()):
+            problem.k[b, n:] = problem.v[b, n:] = float("nan")
+        actual = run(problem, dout, None, backend="cuda")
+        assert torch.equal(actual.out, expected.out) and torch.equal(actual.lse, expected.lse)
+
+        problem = make_varlen_problem(
+            features, lengths_q=[300, 77, 200], head_dim=head_dim, dtype=BF16, device="cuda"
+        )
+        dout = torch.randn_like(problem.q)
+        expected = run(problem, dout, None, backend="cuda")
+        for x in (problem.q, problem.k, problem.v):
+            x[300:377] = float("inf")
+        actual = run(problem, dout, None, backend="cuda")
+        for part in (slice(0, 300), slice(377, None)):
+            assert torch.equal(actual.out[part], expected.out[part])

@@ -51,6 +51,12 @@ def test_lengths(seqlen_q, seqlen_k):
             check(problem_of(features, **shape), backend="cuda")
 
 
+@pytest.mark.parametrize("features", [(), ("causal",), ("padding",), ("seqused", "left_window")])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_many_keys(features, head_dim):
+    check(problem_of(features, seqlen_q=200, seqlen_k=2200, head_dim=head_dim), backend="cuda")
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("seqlen", [120, 431, 625])
 def test_documents_of_a_cache(seqlen, deterministic):
