@@ -183,7 +183,7 @@ class Softmax {
   }
 
   float base_[kM][2];     // the reference; 0 until the row has seen a key, because -inf - -inf is NaN
-  float limit_[kM][2];    // a logit above it makes the reference follow; -inf until the row has seen a key
+  float limit_[kM][2];    // a logit above it makes update() follow; -inf until the row has seen a key
   float row_sum_[kM][2];  // this thread's columns only; reduced at the end
 };
 
