@@ -110,15 +110,16 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restore `model` to what it was before `patch(model)`.
+    """Restore `model`, or what of it was patched, to what it was before `patch`.
 
     Raises:
-        UnsupportedModelError: the model is not patched.
+        UnsupportedModelError: nothing in the model is patched, or only a model around it.
     """
-    found = [_patched[root] for root in pretrained_roots(model) if root in _patched]
+    inside = {id(module) for root in pretrained_roots(model) for module in root.modules()}
+    found = [applied for root, applied in list(_patched.items()) if id(root) in inside]
     if not found:
         raise UnsupportedModelError(_nothing_to_undo(model))
-    for applied in found:
+    for applied in found:  # restoring one twice does nothing
         applied.restore()
 
 
@@ -242,6 +243,12 @@ def _nothing_to_undo(model: nn.Module) -> str:
     text = f"{type(model).__name__} is not patched; nothing to undo."
     if not any(config._attn_implementation == ATTENTION_NAME for config in configs_of(model)):
         return text
+    for other, applied in list(_patched.items()):
+        if any(module is model for module in other.modules()):
+            return (
+                f"{type(model).__name__} is part of a {type(other).__name__} that is patched, by "
+                f"{applied!r}; call its restore(), or unpatch that model."
+            )
     return (
         f"{text} Its attention is {ATTENTION_NAME!r} all the same, as in a copy of a patched "
         'model; set_attn_implementation("sdpa") changes that.'

@@ -101,6 +101,23 @@ def test_unpatch(llama):
         hfp.unpatch(llama)
 
 
+def test_unpatch_finds_patched_parts():
+    """What patch() says of a model with a patched part: "call unpatch(model) first"."""
+    model = tiny_model(AutoModelForSeq2SeqLM, "t5")
+    before = _state(model)
+    hfp.patch(model.encoder)
+    hfp.patch(model.decoder)
+    with pytest.raises(hfp.UnsupportedModelError, match=r"unpatch\(model\), first"):
+        hfp.patch(model)
+    hfp.unpatch(model)
+    assert _state(model) == before
+    hfp.patch(model)
+    with pytest.raises(hfp.UnsupportedModelError, match="part of a T5ForConditionalGeneration"):
+        hfp.unpatch(model.encoder)
+    hfp.unpatch(model)
+    assert _state(model) == before
+
+
 def test_a_second_patch_names_the_first(llama):
     hfp.patch(llama, backend="torch")
     state = _state(llama)
