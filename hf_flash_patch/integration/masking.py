@@ -194,6 +194,15 @@ class AttentionMask:
         """An index into the dense mask, for models that cut the mask themselves."""
         return self.materialise()[index]
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """A method of the dense mask, for models that reshape the mask themselves (SigLIP 2)."""
+        if name.startswith("_") or not callable(getattr(torch.Tensor, name, None)):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return lambda *args, **kwargs: getattr(self.materialise(), name)(*args, **kwargs)
+
+    def __invert__(self) -> torch.Tensor:
+        return ~self.materialise()
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Torch functions see the dense mask, for models that edit the mask themselves."""

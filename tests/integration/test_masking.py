@@ -162,6 +162,9 @@ def test_models_may_edit_the_mask_as_if_it_were_dense():
     torch.testing.assert_close(mask[:, :, :, :5], dense[..., :5])
     torch.testing.assert_close(torch.where(mask, 0.0, -1.0), torch.where(dense, 0.0, -1.0))
     torch.testing.assert_close(torch.cat([mask, dense], dim=2), torch.cat([dense, dense], dim=2))
+    torch.testing.assert_close(mask.repeat(1, 3, 1, 1), dense.repeat(1, 3, 1, 1))
+    torch.testing.assert_close(~mask, mask.logical_not())
+    assert not hasattr(mask, "no_method_of_a_tensor")
 
 
 def test_to_keeps_the_mask():

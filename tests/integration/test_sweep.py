@@ -7,6 +7,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
 )
 
 from tests.integration.tiny import assert_same_as_eager, padding, tiny_model, token_ids
@@ -79,3 +81,35 @@ def test_audio_family_equals_eager(family):
     model = tiny_model(AutoModel, family)
     sound = torch.randn(2, 4000)
     assert_same_as_eager(model, lambda: model(input_values=sound).last_hidden_state)
+
+
+def test_convolution_that_reads_the_mask_equals_eager():
+    """LASR's convolutions ask the mask which rows are padding."""
+    model = tiny_model(AutoModel, "lasr_encoder", subsampling_conv_channels=16)
+    features = torch.randn(2, 200, model.config.num_mel_bins)
+    real = torch.ones(2, 200, dtype=torch.long)
+    real[0, 120:] = 0
+    inputs = {"input_features": features, "attention_mask": real}
+    assert_same_as_eager(model, lambda: model(**inputs).last_hidden_state[:, :14])
+
+
+def test_pooling_head_that_reshapes_the_mask_equals_eager():
+    """SigLIP 2's images are padded to a number of patches, in its pooling head as well."""
+    torch.manual_seed(0)
+    config = Siglip2VisionConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_patches=16,
+        patch_size=4,
+    )
+    model = Siglip2VisionModel._from_config(config, attn_implementation="eager").eval()
+    real = torch.ones(2, 16, dtype=torch.long)
+    real[0, 12:] = 0
+    inputs = {
+        "pixel_values": torch.randn(2, 16, 48),
+        "pixel_attention_mask": real,
+        "spatial_shapes": torch.tensor([[3, 4], [4, 4]]),
+    }
+    assert_same_as_eager(model, lambda: model(**inputs).pooler_output)
