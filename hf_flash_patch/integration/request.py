@@ -94,6 +94,13 @@ class Request:
             # Encoders with a prefix in the cache (peft's prefix tuning) make the mask without it,
             # and where it hides nothing transformers says None, which fits whatever comes.
             return self._structured(False, None)
+        if got == (self.batch_size, 1, 1) and self.seqlen_q == 1 < self.seqlen_k:
+            # MiniMax asks its first layer, which keeps no keys, how many there are. A mask of one
+            # key is for all of them, as a tensor's would be.
+            visible = None if mask.is_plain else mask.materialise()[:, 0, 0]
+            if visible is not None:
+                visible = visible.expand(self.batch_size, self.seqlen_k)
+            return self._structured(False, None, visible)
         if got != expected:
             raise MaskError(
                 f"the mask was made for (batch, seqlen_q, seqlen_k) = {got}, the tensors are "

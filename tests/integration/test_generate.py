@@ -5,7 +5,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     StaticCache,
 )
 
@@ -116,3 +118,51 @@ def test_assisted_generation():
     with hfp.patched(model), hfp.patched(assistant):
         actual = model.generate(ids, max_new_tokens=10, do_sample=False, assistant_model=assistant)
     assert actual.tolist() == expected.tolist()
+
+
+def test_a_cache_whose_first_layer_keeps_no_keys():
+    """MiniMax makes the mask of a decode step for a single key, and it is broadcast."""
+    layers = ["linear_attention", "full_attention"]
+    model = tiny_model(AutoModelForCausalLM, "minimax", layer_types=layers, block_size=4)
+    _assert_same_text(model, torch.ones(2, 12, dtype=torch.long))
+
+
+def _in_one_batch(model, prompts, config):
+    """Texts by continuous batching: prompts in chunks, decoding next to prefill."""
+    batching = ContinuousBatchingConfig(num_blocks=8, block_size=16, max_batch_tokens=16)
+    outputs = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=batching, warmup=False
+    )
+    return [outputs[f"req_{index}"] for index in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3_text", "gpt_oss"])
+def test_continuous_batching(family):
+    """Windows shorter than a text, softcap and sinks included."""
+    model = tiny_model(AutoModelForCausalLM, family)
+    config = GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [token_ids(1, n, seed=n)[0].tolist() for n in (23, 5, 11, 2)]
+    expected = [
+        model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+        for prompt in prompts
+    ]
+    with hfp.patched(model):
+        outputs = _in_one_batch(model, prompts, config)
+        assert model.config._attn_implementation == "hfp"
+    assert [output.generated_tokens for output in outputs] == expected
+
+
+def test_continuous_batching_under_a_mask_is_refused():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with hfp.patched(model, mask=hfp.masks.sliding_window(4)):
+        (output,) = _in_one_batch(model, [[5, 6, 7]], config)
+    assert "patched with a mask" in output.error
+
+
+def test_paged_attention_without_pages_is_refused():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    with hfp.patched(model):
+        model.set_attn_implementation("paged|hfp")
+        with pytest.raises(hfp.UnsupportedModelError, match="generate_batch"):
+            model(token_ids())
