@@ -81,7 +81,8 @@ def _of_layer(mask: Any, layer: int) -> Any:
         return mask
     if isinstance(mask, str):
         return parse(mask)
-    if isinstance(mask, dict):
+    # Of JSON; a user's with layers as numbers would be looked up in vain.
+    if isinstance(mask, dict) and all(isinstance(x, str) for pair in mask.items() for x in pair):
         text = mask.get(str(layer))
         return None if text is None else parse(text)
     if callable(mask):

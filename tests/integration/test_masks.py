@@ -308,6 +308,7 @@ def test_vision():
     ("mask", "text"),
     [
         (object(), "mask is of type object"),
+        ({0: masks.causal()}, "mask is of type dict"),
         (lambda layer: 3, "mask gave int for layer 0"),
         (masks.per_head([masks.causal()] * 3), "3 patterns among its heads, the call has 4"),
     ],
