@@ -42,7 +42,7 @@ def chunked_loss(model: nn.Module, *, chunk: int = CHUNK, backend: str = "auto")
         asked = _Asked()
         options = {"chunk": chunk, "backend": backend}
         for head in heads:
-            changes.replace(head, "forward", _promising(asked, options))
+            changes.replace(head, "forward", partial(_promise, asked, options))
         before = root.register_forward_pre_hook(asked.enter, with_kwargs=True)
         after = root.register_forward_hook(asked.leave, always_call=True)
         changes.undo.callback(before.remove)
@@ -72,25 +72,36 @@ def _heads(root: Any) -> list[nn.Linear]:
 
 
 class _Asked:
-    """Whether the call that runs asked for a loss."""
+    """Whether the call that runs asked for a loss, and whether it got a promise of logits."""
 
     def __init__(self) -> None:
-        self.loss = False
+        self.loss = self.promised = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Asked:
+        return self  # peft copies an output layer alone; the model's hooks go on telling this
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.loss = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+        self.promised = False
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        # None: it raised.
+        if self.loss and not self.promised and output is not None:
+            warnings.warn(
+                f"chunked_loss has no effect on {type(module).__name__}: the output layer that it "
+                "was applied to did not run (resize_token_embeddings makes another). restore() it "
+                "and apply it again.",
+                stacklevel=2,
+            )
         self.loss = False
 
 
-def _promising(asked: _Asked, options: dict[str, Any]) -> Callable[..., Tensor]:
-    def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
-        if not asked.loss:
-            return type(self).forward(self, hidden)
-        return LazyLogits.of(hidden, self, len(self.weight), (), options)
-
-    return forward
+def _promise(asked: _Asked, options: dict[str, Any], head: nn.Linear, hidden: Tensor) -> Tensor:
+    """The output layer's forward."""
+    if not asked.loss:
+        return type(head).forward(head, hidden)
+    asked.promised = True
+    return LazyLogits.of(hidden, head, len(head.weight), (), options)
 
 
 class LazyLogits(Tensor):
@@ -127,7 +138,9 @@ class LazyLogits(Tensor):
         made._steps, made._options = steps, options
         return made
 
+    # Not traced: a graph for any length would take what one function does for another's.
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

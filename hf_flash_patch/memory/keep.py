@@ -50,14 +50,9 @@ def keep_attention(model: nn.Module) -> Technique:
                 "on."
             )
         count = kept_modules(root)
-
-        def set_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
-            getattr(type(self), _SETTER)(self, *args, **kwargs)
-            _wrap(self)
-
         for module in root.modules():
             if isinstance(module, PreTrainedModel):
-                changes.replace(module, _SETTER, set_checkpointing)
+                changes.replace(module, _SETTER, _set_checkpointing)
         changes.undo.callback(_unwrap, root)
         _wrap(root)
     text = f"results of {count} attention modules, where checkpoints would compute them again"
@@ -83,6 +78,11 @@ def kept_modules(root: PreTrainedModel) -> int:
             'with backend="auto", or leave keep_attention out.'
         )
     return len(ours)
+
+
+def _set_checkpointing(module: Any, *args: Any, **kwargs: Any) -> None:
+    getattr(type(module), _SETTER)(module, *args, **kwargs)
+    _wrap(module)
 
 
 def _wrap(root: nn.Module) -> None:

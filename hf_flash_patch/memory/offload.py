@@ -90,9 +90,9 @@ class _Offload:
         self._last_kept: weakref.ref[Kept] | None = None
         self._streams: dict[torch.device, Any] = {}
 
-    def __deepcopy__(self, memo: dict) -> _Offload:
-        # Streams cannot be copied.
-        return _Offload(self._min_bytes, self._max_host_bytes, self._keep_attention)
+    def __reduce__(self) -> tuple:
+        # Streams and weak references can be neither copied nor pickled.
+        return _Offload, (self._min_bytes, self._max_host_bytes, self._keep_attention)
 
     @torch.compiler.disable
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:

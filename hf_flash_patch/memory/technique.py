@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,10 +25,16 @@ class Changes:
 
     def __init__(self) -> None:
         self.undo = contextlib.ExitStack()
-        self._replaced: list[tuple[nn.Module, str, types.MethodType]] = []
+        self._replaced: list[tuple[nn.Module, str, partial]] = []
 
     def replace(self, owner: nn.Module, name: str, method: Callable[..., Any]) -> None:
-        """Make `method` the method `name` of this one object; a deep copy has it as its own.
+        """Make `method` the method `name` of this one object; a copy has it as its own.
+
+        Args:
+            owner: the object.
+            name: of its method.
+            method: takes the object first; a function of a module, or a partial of one, so that it
+                can be pickled.
 
         Raises:
             UnsupportedModelError: the object has a replacement already.
@@ -38,7 +44,8 @@ class Changes:
                 f"{type(owner).__name__}.{name} has been replaced by something else (accelerate's "
                 "hooks do so); apply memory techniques before that."
             )
-        replacement = types.MethodType(method, owner)
+        # No bound method: copies would share what its function holds, and pickles would lose it.
+        replacement = partial(method, owner)
         setattr(owner, name, replacement)
         self._replaced.append((owner, name, replacement))
 

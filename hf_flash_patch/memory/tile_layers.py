@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,10 +72,7 @@ def _tile(module: nn.Module, kind: re.Pattern[str], tile: int, changes: Changes)
     if getattr(named, "data_format", None) == "channels_first":  # norms of images: no tokens
         return False
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return tiled(lambda part: type(self).forward(self, part), self, x, tile)
-
-    changes.replace(module, "forward", forward)
+    changes.replace(module, "forward", partial(_forward, tile))
     _gather_whole(module, changes)
     return True
 
@@ -85,15 +83,20 @@ def _tile_chunk(layer: nn.Module, tile: int, changes: Changes) -> bool:
     if method is None or len(_parameters(method)) != 2:
         return False
 
-    def feed_forward_chunk(self: Any, x: Tensor) -> Tensor:
-        # All but attention: besides intermediate and output, pre-norm layers use a norm of theirs.
-        used = [m for name, m in self.named_children() if not name.endswith("attention")]
-        owner = nn.ModuleList(used)
-        return tiled(lambda part: method(self, part), owner, x, tile)
-
-    changes.replace(layer, _CHUNK, feed_forward_chunk)
+    changes.replace(layer, _CHUNK, partial(_feed_forward_chunk, tile))
     _gather_whole(layer, changes)
     return True
+
+
+def _forward(tile: int, module: nn.Module, x: Tensor) -> Tensor:
+    return tiled(lambda part: type(module).forward(module, part), module, x, tile)
+
+
+def _feed_forward_chunk(tile: int, layer: Any, x: Tensor) -> Tensor:
+    # All but attention: besides intermediate and output, pre-norm layers use a norm of theirs.
+    used = [m for name, m in layer.named_children() if not name.endswith("attention")]
+    method = getattr(type(layer), _CHUNK)
+    return tiled(lambda part: method(layer, part), nn.ModuleList(used), x, tile)
 
 
 def _gather_whole(module: nn.Module, changes: Changes) -> None:

@@ -1,5 +1,7 @@
 """A loss in chunks: the model's own, and logits that are never whole."""
 
+import copy
+import pickle
 import sys
 import types
 import warnings
@@ -13,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import hf_flash_patch as hfp
 from hf_flash_patch.memory import chunked_loss, linear_cross_entropy
 from hf_flash_patch.memory import linear_loss as module
+from hf_flash_patch.memory.chunked_loss import LazyLogits
 from tests.integration.tiny import VOCAB_SIZE, tiny_model, token_ids
 
 from .conftest import FAMILIES, Largest, assert_same_step, batch, model_of, step
@@ -204,9 +207,51 @@ def test_output_layer_of_peft():
     assert any("modules_to_save.default" in name for name in expected[1])
     with chunked_loss(model, chunk=9):
         assert_same_step(step(model), expected)
+    model = model_of("llama")
+    chunked_loss(model, chunk=9)  # peft copies the layer with what it has
+    model = get_peft_model(model, LoraConfig(**config, modules_to_save=["lm_head"]))
+    assert isinstance(model(**batch()).logits, LazyLogits)
     model = get_peft_model(model_of("llama"), LoraConfig(r=4, target_modules=["lm_head"]))
     with pytest.raises(hfp.UnsupportedModelError, match="output layer has adapters"):
         chunked_loss(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_it_too(copied):
+    """Its logits are promises as well, whether the original still has the technique or not."""
+    model = model_of("llama")
+    technique = chunked_loss(model, chunk=5)
+    again = copied(model)
+    assert isinstance(again(**batch()).logits, LazyLogits)
+    technique.restore()
+    assert isinstance(again(**batch()).logits, LazyLogits)
+    assert_same_step(step(again), step(model))
+
+
+def test_another_output_layer_is_told():
+    model = model_of("llama")
+    technique = chunked_loss(model)
+    model.resize_token_embeddings(VOCAB_SIZE + 8)
+    with pytest.warns(UserWarning, match="chunked_loss has no effect on LlamaForCausalLM"):
+        step(model)
+    technique.restore()
+    with warnings.catch_warnings(), chunked_loss(model):
+        warnings.simplefilter("error")
+        step(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_for_batches_of_several_lengths(family):
+    """The second length compiles the model for any."""
+    model = model_of(family)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    for length in (24, 31, 17):
+        ids = token_ids(2, length)
+        expected = model(input_ids=ids, labels=ids).loss
+        with chunked_loss(model, chunk=7):
+            actual = compiled(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(actual, expected)
 
 
 def test_liger_where_it_is_installed(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 from functools import partial
@@ -317,6 +318,15 @@ def test_switched_on_later_and_the_state_before(engine):
     assert not any("_set_gradient_checkpointing" in vars(m) for m in model.modules())
     function = model.base_model.model.model.layers[0]._gradient_checkpointing_func
     assert isinstance(function, partial) and function.func is checkpoint
+
+
+def test_a_pickled_model():
+    """It can be, and checkpoints as ever."""
+    model = patched()
+    keep_attention(model)
+    again = pickle.loads(pickle.dumps(model))
+    again.gradient_checkpointing_enable()
+    assert_same_bits(one_step(again, full()), one_step(model, full()))
 
 
 def test_pytorchs_attention_is_as_ever(engine):

@@ -1,6 +1,7 @@
 """Checkpoints on the host: the same step, with dropout replayed, and less on the device."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_the_state_before_comes_back():
         for flag in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             assert state.get(flag) == after[name].get(flag), (name, flag)
     assert_same_step(step(copied), step(model))
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_a_pickled_model_has_it_too(keep_attention):
+    model = model_of("llama")
+    hfp.patch(model)
+    offload_checkpoints(model, min_bytes=0, keep_attention=keep_attention)
+    again = pickle.loads(pickle.dumps(model))
+    assert again.model.layers[0].gradient_checkpointing
+    assert_same_step(step(again), step(model))
 
 
 def test_a_model_without_checkpointing():

@@ -1,6 +1,8 @@
 """Layers in tiles: the same step, one tile's activations, dropout replayed."""
 
 import copy
+import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -226,6 +228,9 @@ def test_evaluation_and_copies():
         expected = step_loss(model)
         with tile_layers(model, tile=7):
             copied = copy.deepcopy(model)
+            pickled = pickle.loads(pickle.dumps(model))
+            assert isinstance(pickled.model.layers[0].mlp.forward, partial)
+            torch.testing.assert_close(step_loss(pickled), expected)
             torch.testing.assert_close(step_loss(model), expected)
             model.model.layers[0].mlp.up_proj.weight.zero_()
             torch.testing.assert_close(step_loss(copied), expected)
