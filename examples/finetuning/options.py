@@ -148,23 +148,42 @@ def read(arguments: list[str]) -> Options:
 
     Args:
         arguments: without the name of the program.
+
+    Raises:
+        SystemExit: the file is not there, or the options contradict each other.
     """
     parser = HfArgumentParser([ModelOptions, DataOptions, TrainingOptions])
     if arguments and Path(arguments[0]).suffix in (".yaml", ".yml", ".json"):
+        if not Path(arguments[0]).is_file():
+            raise SystemExit(f"{arguments[0]}: there is no such file of options.")
         settings = yaml.safe_load(Path(arguments[0]).read_text()) or {}
+        given = {argument.split("=")[0] for argument in arguments[1:]}
+        for one, other in (("--model", "scratch"), ("--scratch", "model")):
+            if one in given:
+                settings.pop(other, None)
         arguments = [*_as_arguments(settings), *arguments[1:]]
-    options: Options = parser.parse_args_into_dataclasses(arguments)
-    if (options[0].model is None) == (options[0].scratch is None):
+    *options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        raise SystemExit(f"Unknown options: {' '.join(unknown)}. --help lists those there are.")
+    _refuse_contradictions(*options)
+    return tuple(options)
+
+
+def _refuse_contradictions(
+    model: ModelOptions, data: DataOptions, training: TrainingOptions
+) -> None:
+    if (model.model is None) == (model.scratch is None):
         raise SystemExit("Give --model, or --scratch for random weights: one of the two.")
-    if "offload" in options[0].memory and options[2].gradient_checkpointing:
+    if "offload" in model.memory and training.gradient_checkpointing:
         raise SystemExit("--gradient_checkpointing would replace --memory offload; give one.")
-    checkpoints = "offload" in options[0].memory or options[2].gradient_checkpointing
-    if options[0].keep_attention and not (checkpoints and options[0].patch):
+    checkpoints = "offload" in model.memory or training.gradient_checkpointing
+    if model.keep_attention and not (checkpoints and model.patch):
         raise SystemExit(
             "--keep_attention is for checkpoints of a patched model: give --memory offload or "
             "--gradient_checkpointing, and not --no_patch."
         )
-    return options
+    if any(length < 2 for length in data.eval_lengths):
+        raise SystemExit("--eval_lengths: a token is predicted from another, so 2 at least.")
 
 
 def _as_arguments(settings: dict) -> list[str]:

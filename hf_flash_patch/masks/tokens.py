@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ from .pattern import Pattern
 
 
 def at_least(name: str, value: Any, least: int) -> int:
-    """`value`, if it is an int of at least `least`.
+    """`value` as an int, if it is an integer (NumPy's too) of at least `least`.
 
     Raises:
         MaskError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise MaskError(f"{name} is {value!r}; it has to be an int >= {least}.")
-    return value
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -303,7 +304,7 @@ def global_tokens(tokens: int | Iterable[int]) -> Pattern:
 
     Source: Longformer (arXiv 2004.05150), section 3.1.
     """
-    if isinstance(tokens, int):
+    if not isinstance(tokens, Iterable):
         count = at_least("global_tokens' number", tokens, 0)
         return Global(((0, count),) if count else ())
     ranges: list[tuple[int, int]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +191,12 @@ def test_bits():
     assert words.tolist() == [0, 2] and words.dtype == torch.int32
 
 
+def test_numpys_integers():
+    pattern = masks.sliding_window(np.int64(3)) | masks.global_tokens(np.arange(2))
+    assert pattern == masks.sliding_window(3) | masks.global_tokens([0, 1])
+    assert str(pattern) == "sliding_window(3) | global_tokens(2)"
+
+
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(0, 5), (5, 0), (0, 0)])
 def test_nothing(seqlen_q, seqlen_k):
     mask = masks.causal().block_mask(seqlen_q, seqlen_k)
@@ -203,6 +210,7 @@ def test_nothing(seqlen_q, seqlen_k):
         (lambda: masks.sliding_window(0), "sliding_window's size is 0"),
         (lambda: masks.sliding_window(2.5), "has to be an int >= 1"),
         (lambda: masks.global_tokens([-1]), "an index of global_tokens is -1"),
+        (lambda: masks.global_tokens(1.0), "global_tokens' number is 1.0"),
         (lambda: masks.fixed(4, 5), "globals_ is 5, its block 4"),
         (lambda: masks.bigbird(2, 1, 1), "has to be odd"),
         (lambda: masks.shifted_groups(7), "has to be even"),

@@ -204,10 +204,19 @@ class TestOptions:
         assert model.scratch == '{"model_type": "gpt2"}'
         assert (text.eval_lengths, text.packing, training.use_cpu) == ([32], False, True)
 
+    def test_a_model_instead_of_the_files(self, tmp_path):
+        file = tmp_path / "options.yaml"
+        file.write_text("scratch: {model_type: gpt2}\n")
+        model, _, _ = options.read([str(file), "--model", "a", "--use_cpu"])
+        assert (model.model, model.scratch) == ("a", None)
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
             ([], "Give --model, or --scratch"),
+            (["nowhere.yaml"], "nowhere.yaml: there is no such file"),
+            (["--model", "a", "--bogus", "3"], "Unknown options: --bogus 3"),
+            (["--model", "a", "--eval_lengths", "0"], "2 at least"),
             (["--model", "a", "--scratch", "{}"], "one of the two"),
             (
                 ["--model", "a", "--memory", "offload", "--gradient_checkpointing", "true"],
