@@ -34,7 +34,6 @@ REFUSED_ARGUMENTS = {
     "indices": "a learned choice of keys",
     "block_indices": "a learned choice of key blocks",
     "block_mask": "a FlexAttention block mask",
-    "cache": "a paged cache (continuous batching)",
 }
 
 

@@ -140,7 +140,7 @@ PLAIN = ("causal", "left_window", "scale", "gqa", "strided", "seqused", "padding
 @pytest.mark.parametrize("features", pairs(PLAIN), ids="+".join)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_many_keys(features, head_dim):
-    """From 2048 keys on the forward looks for no maximum once all rows have seen one."""
+    """From 2048 keys on some kernels look for no maximum once all rows have seen one."""
     shape = {"seqlen_q": 330, "seqlen_k": 2345, "head_dim": head_dim}
     check(make_problem(features, dtype=BF16, device="cuda", **shape), backend="cuda")
 
