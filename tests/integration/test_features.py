@@ -1,5 +1,7 @@
 """What single families ask of attention: sinks, softcap, biases, other head sizes, dtypes, peft."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
@@ -410,3 +412,14 @@ def test_a_mask_for_fewer_keys(hides):
     else:
         with pytest.raises(hfp.MaskError, match="made for"):
             request.resolve(mask, False, None)
+
+
+def test_a_mask_of_one_key():
+    """It says of all keys what it says of the one, as a tensor that is broadcast would."""
+    one = partial(AttentionMask, 2, 1, 1, False, (-1, -1), torch.device("cpu"))
+    request = Request(2, 1, 5, torch.device("cpu"))
+    mask = request.resolve(one(), False, None)[0]
+    assert mask.sizes == (2, 1, 5) and mask.hides_nothing
+    hidden = torch.tensor([[1, 1], [0, 1]], dtype=torch.int32)  # the first row's key
+    mask = request.resolve(one(key_range=hidden), False, None)[0]
+    assert mask.materialise().flatten(1).tolist() == [[False] * 5, [True] * 5]
