@@ -76,13 +76,13 @@ class Softmax {
     return stays ? Kept::kAll : Kept::kShrunk;
   }
 
-  // Whether every row of the warp has a reference.
+  // Whether every row of the warp has a reference; an infinite one would lose every block.
   __device__ bool all_seen() const {
     bool seen = true;
 #pragma unroll
     for (int i = 0; i < kM; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) seen &= limit_[i][h] != -INFINITY;
+      for (int h = 0; h < 2; ++h) seen &= fabsf(limit_[i][h]) < INFINITY;
     return __all_sync(0xffffffffu, seen);
   }
 
@@ -130,7 +130,8 @@ class Softmax {
     return sum;
   }
 
-  // Moves the references up by powers of two until probabilities are at most 4. False where a sum is infinite.
+  // Where a sum is too large, moves the reference up by a power of two until probabilities are at most 4. False where a
+  // sum is infinite.
   template <int kN>
   __device__ __forceinline__ bool lower(float (&s)[kM][kN][4], float (&sums)[kM][2], float (&shrink)[kM][2],
                                         float scale) {
@@ -147,8 +148,10 @@ class Softmax {
         float top = 1.f;
 #pragma unroll
         for (int j = 0; j < kN; ++j) top = fmaxf(top, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        top = row_max(top);
+        if (row_max(sums[i][h]) <= kMost) top = 1.f;  // a row's result is not the others' affair
         // Up to 2^126, whose inverse is still normal.
-        const int exponent = min(__float_as_int(row_max(top)) >> 23, 253) - 127;
+        const int exponent = min(__float_as_int(top) >> 23, 253) - 127;
         shrink[i][h] = __int_as_float((127 - exponent) << 23);
         base_[i][h] += exponent;
         limit_[i][h] = __fdividef(base_[i][h] + kSlack, scale);

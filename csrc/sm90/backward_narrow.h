@@ -30,13 +30,17 @@ class NarrowConsumer : BackwardConsumer<B> {
   __device__ __forceinline__ void walk(const KeyBlock<B>& work, typename B::Step step, float (&dk)[kND][4],
                                        float (&dv)[kND][4]) {
     uint32_t prob[kNS / 2][4];
+    Held<B::kHeldK> keys;
+    Held<B::kHeldV> values;
     {
       float p[kNS][4], dp[kNS][4];
       barrier_wait(smem_address(&bars_->k_full), keys_parity_);
-      issue_s(p);
+      hold(keys, B::kAtK);
+      issue_s(p, keys);
       barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
       barrier_wait(smem_address(&bars_->v_full), keys_parity_);
-      issue_dp(dp);
+      hold(values, B::kAtV);
+      issue_dp(dp, values);
       keys_parity_ ^= 1;
       this->await_left();
       wgmma_wait<1>();  // S
@@ -61,9 +65,9 @@ class NarrowConsumer : BackwardConsumer<B> {
         wgmma_wait<0>();  // dV of the step before
         release_do();
       }
-      issue_s(p);
+      issue_s(p, keys);
       barrier_wait(smem_address(bars_->do_full + do_.index), do_.parity);
-      issue_dp(dp);
+      issue_dp(dp, values);
       issue_dk(dk, q_before);
       this->publish_dq();
       wgmma_wait<2>();  // S, and with it dV
@@ -123,20 +127,40 @@ class NarrowConsumer : BackwardConsumer<B> {
     }
   }
 
-  __device__ __forceinline__ void issue_s(float (&s)[kNS][4]) {
-    multiply_along(s, at(B::kAtK), at(B::kAtQ, q_.index, TileQ::kBytes));
+  // The first columns of this consumer's keys, as A operands.
+  template <int kSteps>
+  struct Held {
+    static constexpr int kCount = kSteps;
+    uint32_t x[kSteps > 0 ? kSteps : 1][4];
+  };
+  template <class Columns>
+  __device__ __forceinline__ void hold(Columns& columns, int tile) const {
+    const int row = B::first_key(group_) + 16 * this->warp_ + this->lane_ % 16;
+    const uint32_t from = at(tile) + TileK::offset(row, this->lane_ / 16);
+#pragma unroll
+    for (int i = 0; i < Columns::kCount; ++i) sm80::ldmatrix4(columns.x[i], TileK::step(from, 2 * i));
   }
-  __device__ __forceinline__ void issue_dp(float (&dp)[kNS][4]) {
-    multiply_along(dp, at(B::kAtV), at(B::kAtDo, do_.index, TileQ::kBytes));
+
+  __device__ __forceinline__ void issue_s(float (&s)[kNS][4], const Held<B::kHeldK>& keys) {
+    multiply_along(s, keys, at(B::kAtK), at(B::kAtQ, q_.index, TileQ::kBytes));
+  }
+  __device__ __forceinline__ void issue_dp(float (&dp)[kNS][4], const Held<B::kHeldV>& values) {
+    multiply_along(dp, values, at(B::kAtV), at(B::kAtDo, do_.index, TileQ::kBytes));
   }
   // Keys x queries, over the columns of both.
-  __device__ __forceinline__ void multiply_along(float (&c)[kNS][4], uint32_t tile_k, uint32_t tile_q) {
+  template <class Columns>
+  __device__ __forceinline__ void multiply_along(float (&c)[kNS][4], const Columns& held, uint32_t tile_k,
+                                                 uint32_t tile_q) {
+    using Product = Wgmma<B::kBlockQ, Element>;
     const uint64_t keys = TileK::along(tile_k + B::first_key(group_) * TileK::kRowBytes), rows = TileQ::along(tile_q);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < B::kHeadDim / 16; ++i) {
-      Wgmma<B::kBlockQ, Element>::template ss<0, 0>(flat(c), keys + TileK::along_step(i), rows + TileQ::along_step(i),
-                                                    i > 0);
+      if (i < Columns::kCount) {
+        Product::template rs<0>(flat(c), held.x[i < Columns::kCount ? i : 0], rows + TileQ::along_step(i), i > 0);
+      } else {
+        Product::template ss<0, 0>(flat(c), keys + TileK::along_step(i), rows + TileQ::along_step(i), i > 0);
+      }
     }
     wgmma_commit();
   }

@@ -31,7 +31,12 @@ struct Backward {
   // 128 queries where they leave registers enough; with 64 columns they do only if dV of one step is waited for before
   // S of the next is asked for, and the tile's logits are plain.
   static constexpr int kBlockQ = kHeadDim <= 32 || (kHeadDim == 64 && kVariant != Variant::kGeneral) ? 128 : 64;
-  static constexpr bool kOverlapsDv = kHeadDim != 64 || kBlockQ == 64;
+  static constexpr bool kOverlapsDv = kHeadDim != 128 && (kHeadDim != 64 || kBlockQ == 64);
+  // Of K and V, as operands of S and dP, so many sixteens of columns stay in registers, as many as there are left: from
+  // shared memory, which is what a step waits for, each consumer would read its 64 keys at every step. 64 columns with
+  // 128 queries a step have room for K and one of V, and gain nothing.
+  static constexpr int kHeldK = kHeadDim == 32 ? 2 : kHeadDim == 96 ? 6 : kHeadDim == 128 ? 4 : 0;
+  static constexpr int kHeldV = kHeadDim == 32 ? 2 : kHeadDim == 96 ? 3 : kHeadDim == 128 ? 1 : 0;
   static constexpr int kStagesQ = kWide ? 2 : 3;  // Q is read until dK, which runs a step behind
   static constexpr int kStagesDo = kWide ? 1 : 2;
   static constexpr int kStagesS = kWide ? 1 : 2;  // of dS

@@ -13,7 +13,7 @@ namespace hfp::sm90 {
 
 // What spills: per tile, its description; without a search for the maximum also, per block, a barrier's number and a
 // sum, and what a block whose logits are made again needs.
-// ptxas-spill-ok(sm9014forward_kernel, 180): in the loop one load, in front of a turn
+// ptxas-spill-ok(sm9014forward_kernel, 340): in the loop one load, in front of a turn
 
 template <class F>
 __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments a) {
@@ -107,11 +107,11 @@ bool pays_tall(const MaskParams& m) {
   return kHeadDim <= 64 ? !has_edge(m) || sees_many(m) : !has_edge(m) && m.seqlen_q >= 2048;
 }
 
-// Without a search for the maximum 64 and 96 columns are 1 to 4% faster where rows see many keys, and up to 10% slower
-// at 1024 and below. 32 and 256 columns do not notice, 128 lose 2%; other variants have no registers for it, or rows
-// that see few blocks.
+// Without a search for the maximum 64 and 96 columns are 1 to 4% faster where rows see many keys, 128 up to 2%, and all
+// up to 10% slower at 1024 and below. 32 and 256 columns do not notice; other variants have no registers for it, or
+// rows that see few blocks.
 constexpr bool may_keep_reference(int head_dim, Variant variant, int consumers) {
-  return variant == Variant::kPlain && (head_dim == 96 || (head_dim == 64 && consumers == 3));
+  return variant == Variant::kPlain && (head_dim == 64 ? consumers == 3 : head_dim == 96 || head_dim == 128);
 }
 
 template <typename Element, int kHeadDim, Variant kVariant, int kConsumers>

@@ -4,7 +4,12 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
 
 import hf_flash_patch as hfp
 from tests.integration.tiny import padding, tiny_model, token_ids
@@ -144,6 +149,33 @@ def test_generate_is_eager_s(model_type, cache):
     with hfp.patched(model, backend="cuda"):
         generated = model.generate(ids, **options)
     assert generated.shape[1] <= expected.shape[1] and generated.shape[0] == expected.shape[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_continuous_batching_is_eager_s(model_type):
+    model = tiny_model(AutoModelForCausalLM, model_type).cuda().eval()
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    options = {
+        "generation_config": config,
+        "continuous_batching_config": ContinuousBatchingConfig(
+            num_blocks=8, block_size=16, max_batch_tokens=16
+        ),
+        "warmup": False,
+    }
+    prompts = [token_ids(1, n, seed=n)[0].tolist() for n in (23, 5, 11, 2)]
+    model.set_attn_implementation("eager")
+    expected = [
+        model.generate(torch.tensor([prompt]).cuda(), generation_config=config)[0, len(prompt) :]
+        for prompt in prompts
+    ]
+    with hfp.patched(model):  # fp32: the torch engine on the GPU
+        outputs = model.generate_batch(prompts, **options)
+    for index, text in enumerate(expected):
+        assert outputs[f"req_{index}"].generated_tokens == text.tolist()
+    model.bfloat16()
+    with hfp.patched(model, backend="cuda"):
+        outputs = model.generate_batch(prompts, **options)
+    assert all(len(output.generated_tokens) == 8 for output in outputs.values())
 
 
 def test_packed_documents_equal_documents_alone():

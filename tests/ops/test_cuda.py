@@ -121,7 +121,7 @@ def test_logits_that_rise(rise, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("head_dim", [20, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [20, 32, 40, 64, 88, 96, 128, 256])
 def test_keys_that_draw_everything(head_dim, dtype):
     """Some that come late, by less than an exponent, more, and far more."""
     for features in ((), ("causal", "gqa"), ("left_window",), ("holes", "strided")):
@@ -131,6 +131,22 @@ def test_keys_that_draw_everything(head_dim, dtype):
         nats[1600:1610], nats[900:910], nats[3] = 12.0, 120.0, 300.0
         raise_logits(problem, nats)
         check(problem, backend="cuda")
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+def test_a_row_is_its_own_affair(head_dim):
+    """Logits that rise late in one row change no bit of the others."""
+    shape = {"seqlen_q": 300, "seqlen_k": 2300, "head_dim": head_dim}
+    problem = make_problem(dtype=BF16, device="cuda", **shape)
+    nats = torch.zeros(2300, device="cuda")
+    nats[900:910] = 20.0
+    raise_logits(problem, nats)
+    dout = torch.randn_like(problem.q)
+    plain = run(problem, dout, None, backend="cuda")
+    problem.q[:, 3:] = torch.randn_like(problem.q[:, 3:])
+    other = run(problem, dout, None, backend="cuda")
+    assert torch.equal(plain.out[:, :3], other.out[:, :3])
+    assert torch.equal(plain.lse[..., :3], other.lse[..., :3])
 
 
 # What goes without a variant of its own; documents need as many queries as keys.
@@ -150,6 +166,10 @@ def test_many_keys(features, head_dim):
 def test_many_keys_and_head_dims(head_dim, dtype):
     for features in ((), ("causal", "gqa", "strided"), ("holes", "seqused")):
         shape = {"seqlen_q": 150, "seqlen_k": 2345, "head_dim": head_dim}
+        check(make_problem(features, dtype=dtype, device="cuda", **shape), backend="cuda")
+    # Without an edge, 2048 rows of 96 columns have three consumers and blocks of 96 keys.
+    for features in ((), ("gqa", "strided"), ("padding",), ("holes", "seqused")):
+        shape = {"seqlen_q": 2050, "seqlen_k": 2345, "head_dim": head_dim}
         check(make_problem(features, dtype=dtype, device="cuda", **shape), backend="cuda")
     documents = make_problem(
         ("documents", "causal"), seqlen_q=2100, head_dim=head_dim, dtype=dtype, device="cuda"
