@@ -282,11 +282,12 @@ class _Ring(torch.autograd.Function):
                 here = _zeros(like, exact) if total is None else total
                 own[i] = here.add_(coming[i]) if coming else here
             gradients = [x for x in own if x is not None]
-        home, works = neighbours.pass_on(gradients)
+        # Complete sums: on their way home they need no more precision than what they are for.
+        home, works = neighbours.pass_on([gradients[0].to(k.dtype), gradients[1].to(v.dtype)])
         for work in works:
             work.wait()
         dq = torch.zeros_like(q) if dq is None else dq
-        return dq.to(q.dtype), home[0].to(k.dtype), home[1].to(v.dtype), None, None, None
+        return dq.to(q.dtype), *home, None, None, None
 
 
 def _round(
