@@ -67,11 +67,12 @@ def test_stopping_changes_nothing(outputs):
 def test_every_run_is_there(outputs, capsys):
     folder, _, _ = outputs
     found = {row["run"] for row in rows(folder) if row["metric"] == "perplexity"}
-    assert found == {"32", "64", "128-sparse", "32-to-64, not tuned", "32-to-64"}
+    assert found == {"32", "64", "128-sparse", "32-to-32", "32-to-64, not tuned", "32-to-64"}
     speed = [row for row in rows(folder) if (row["run"], row["metric"]) == ("speed", "tokens/s")]
     assert [row["attention"] for row in speed] == ["eager", "sdpa", "hfp", "sdpa", "hfp", "hfp"]
     text = (folder / "longer-context-tiny.md").read_text()
-    assert "times as fast per token" in text and "paired over documents" in text
+    assert "times as fast per token" in text and text.count("paired over documents") == 2
+    assert "32-to-64" in text.split("further training of one model")[1].split(".")[0]
     assert (folder / "longer-context-tiny.png").stat().st_size > 10_000
 
 
@@ -134,7 +135,9 @@ def test_buckets_hold_every_token_once(outputs):
 
 
 def test_unknown_run(outputs):
-    with pytest.raises(SystemExit, match="--runs 4096; there are 32, 64, 128-sparse, 32-to-64"):
+    with pytest.raises(
+        SystemExit, match="--runs 4096; there are 32, 64, 128-sparse, 32-to-32, 32-to-64"
+    ):
         run(outputs[0], runs=["4096"])
 
 
