@@ -49,7 +49,7 @@ def ring_attention(
     """Attention of a sequence whose tokens n processes share, exact.
 
     While a process computes with one part of the keys, the next part is on its way. Partial results
-    are put together in fp32, and so are the gradients of k and v, which go round behind them.
+    are put together in fp32, and so are gradients; those of k and v go round behind them.
 
     Args:
         q: (batch, seqlen / n, num_heads, head_dim), this process's tokens (see `shard`).
@@ -139,14 +139,23 @@ class _Plan:
     def size(self) -> int:
         return len(self.chunks)
 
-    def calls(self, source: int) -> Iterator[_Call]:
-        """What to compute with the keys of rank `source`."""
+    @property
+    def one_call(self) -> bool:
+        """Whether a step is one call, so that a row meets at most as many parts as processes."""
         zigzag = all(
             own == owned(rank, self.size, "zigzag") for rank, own in enumerate(self.chunks)
         )
-        if self.block_mask is None and not self.causal:
+        return self.block_mask is None and (zigzag or not self.causal)
+
+    def sum_dtype(self, part: torch.dtype) -> torch.dtype:
+        """What to add up gradients in: two parts round once in their own dtype, as in fp32."""
+        return part if self.one_call and self.size <= 2 else _exact(part)
+
+    def calls(self, source: int) -> Iterator[_Call]:
+        """What to compute with the keys of rank `source`."""
+        if self.one_call and not self.causal:
             yield _Call(_ALL, _ALL, False)
-        elif self.block_mask is None and zigzag:
+        elif self.one_call:
             if source == self.rank:
                 yield _Call(_ALL, _ALL, True)
             elif source < self.rank:
@@ -171,6 +180,10 @@ class _Plan:
 
     def _tokens(self, chunk: int) -> slice:
         return slice(chunk * self.chunk, (chunk + 1) * self.chunk)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _sees_anything(mask: BlockMask) -> bool:
@@ -210,7 +223,7 @@ def _all_keys(
     plan: _Plan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and lse of this process's queries, once the keys have gone round."""
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = _exact(q.dtype)
     total: tuple[torch.Tensor, torch.Tensor] | None = None
     for source, keys, mask in _round(k, v, padding, neighbours, plan):
         for call in plan.calls(source):
@@ -254,7 +267,7 @@ class _Ring(torch.autograd.Function):
         q, k, v, padding, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         neighbours, plan = ctx.neighbours, ctx.plan
-        exact = lse.dtype
+        exact = plan.sum_dtype(q.dtype)
         dq: torch.Tensor | None = None
         gradients: list[torch.Tensor] = []  # of the keys that are here
         for step, (source, keys, mask) in enumerate(_round(k, v, padding, neighbours, plan)):
