@@ -89,13 +89,13 @@ def to_heads(
     size = dist.get_world_size(group)
     if k.shape[2] % size:
         k, v = (x.repeat_interleave(size // k.shape[2], dim=2) for x in (k, v))
-    q, k, v = (cast(torch.Tensor, _Exchange.apply(x, 2, 1, group)) for x in (q, k, v))
+    q, k, v = cast(tuple[torch.Tensor, ...], _Exchange.apply(2, 1, group, q, k, v))
     return q, k, v
 
 
 def to_tokens(out: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The way back of `to_heads`, for the output."""
-    return cast(torch.Tensor, _Exchange.apply(out, 1, 2, group))
+    return cast(tuple[torch.Tensor, ...], _Exchange.apply(1, 2, group, out))[0]
 
 
 def own_heads(mask: BlockMask, group: dist.ProcessGroup | None) -> BlockMask:
@@ -117,26 +117,35 @@ def own_heads(mask: BlockMask, group: dist.ProcessGroup | None) -> BlockMask:
 
 
 class _Exchange(torch.autograd.Function):
-    """Divides dimension `give` among the processes and puts dimension `take` together."""
+    """Divides dimension `give` of tensors among the processes, puts dimension `take` together."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, give: int, take: int, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
+        ctx: Any, give: int, take: int, group: dist.ProcessGroup | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.give, ctx.take, ctx.group = give, take, group
-        return _exchange(x, give, take, group)
+        return _exchange(tensors, give, take, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        return _exchange(grad, ctx.take, ctx.give, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *_exchange(grads, ctx.take, ctx.give, ctx.group)
 
 
 def _exchange(
-    x: torch.Tensor, give: int, take: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    # Copied where dimensions really change places: of one sequence, once instead of twice.
+    tensors: tuple[torch.Tensor, ...], give: int, take: int, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, ...]:
+    # Copied where dimensions really change places: of one sequence, once instead of twice. While
+    # one tensor travels, the next is copied.
     size = dist.get_world_size(group)
-    sent = x.unflatten(give, (size, -1)).movedim(give, 0).contiguous()  # one part for each process
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=group)
-    return received.movedim(0, take).flatten(take, take + 1)
+    travelling = []
+    for x in tensors:
+        sent = x.unflatten(give, (size, -1)).movedim(give, 0).contiguous()  # a part for each
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=group, async_op=True)
+        travelling.append((received, sent, work))
+    arrived = []
+    for received, _, work in travelling:
+        if work is not None:
+            work.wait()
+        arrived.append(received.movedim(0, take).flatten(take, take + 1))
+    return tuple(arrived)
