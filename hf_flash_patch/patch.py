@@ -30,6 +30,7 @@ from .integration.survey import AttentionModule, calls_us, configs_of, pretraine
 from .integration.switch import switch
 from .integration.wrappers import compiled_or_sharded
 from .masks.pattern import Pattern
+from .ops.arguments import MAX_HEAD_DIM
 from .ops.library import extension_status
 from .report import ModuleRow, Report
 
@@ -355,6 +356,13 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
         notes.append(f"mask: not for {left} modules that attend to another sequence or modality.")
     if plan.encoders:
         notes.append("padding: removed before the encoder's first layer, put back behind its last.")
+    served = [module.module for module in plan.modules if module.status == "served"]
+    wide = sorted({dim for dim in map(_head_dim, served) if dim and dim > MAX_HEAD_DIM})
+    if wide:
+        notes.append(
+            f"heads of {', '.join(map(str, wide))}: more than the kernels' {MAX_HEAD_DIM}; those "
+            "layers run in the torch engine."
+        )
     backend = plan.settings["backend"]
     if not extension_status().loaded:
         backend += f" (compiled kernels: {extension_status().reason})"
@@ -373,16 +381,21 @@ def _report(root: PreTrainedModel, plan: _Plan, extension: Extension | None) -> 
     )
 
 
-def _shape(module: nn.Module) -> str:
+def _says(module: nn.Module, *names: str) -> int | None:
+    """The first of these numbers that a module has, or else its config."""
     config = getattr(module, "config", None)
+    values = (getattr(owner, name, None) for name in names for owner in (module, config))
+    return next((value for value in values if isinstance(value, int)), None)
 
-    def first(*names: str) -> int | None:
-        values = (getattr(owner, name, None) for name in names for owner in (module, config))
-        return next((value for value in values if isinstance(value, int)), None)
 
-    heads = first("num_heads", "num_attention_heads", "n_heads")
+def _head_dim(module: nn.Module) -> int | None:
+    return _says(module, "head_dim", "attention_head_size", "key_value_proj_dim", "dim_head")
+
+
+def _shape(module: nn.Module) -> str:
+    heads = _says(module, "num_heads", "num_attention_heads", "n_heads")
     if heads is None:
         return ""
-    heads_k = first("num_key_value_heads") or heads
-    head_dim = first("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head")
+    heads_k = _says(module, "num_key_value_heads") or heads
+    head_dim = _head_dim(module)
     return f"{heads}/{heads_k} heads" + (f" of {head_dim}" if head_dim else "")

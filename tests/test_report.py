@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_flash_patch as hfp
 from hf_flash_patch.report import ModuleRow, Report
-from tests.integration.tiny import tiny_model
+from tests.integration.tiny import assert_same_as_eager, padding, tiny_model, token_ids
 
 
 def test_report():
@@ -35,3 +35,14 @@ def test_report_has_columns():
     lines = str(hfp.patch(model, max_length=256)).splitlines()
     assert any(line.startswith("learned positions  transformer.wpe") for line in lines)
     assert all(line[17:19] == "  " and line[19] != " " for line in lines)
+
+
+def test_report_names_heads_that_are_too_wide_for_the_kernels():
+    model = tiny_model(AutoModelForCausalLM, "llama", head_dim=320)
+    mask = padding("left")
+    patch = assert_same_as_eager(
+        model, lambda: model(input_ids=token_ids(), attention_mask=mask).logits, mask
+    )
+    assert "heads of 320: more than the kernels' 256" in str(patch)
+    other = hfp.patch(tiny_model(AutoModelForCausalLM, "llama"))
+    assert "more than the kernels'" not in str(other)

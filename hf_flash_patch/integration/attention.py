@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ParallelError, UnsupportedKernelError, UnsupportedModelError
+from ..families import TIME_AXIS_ATTENTION
 from ..ops.arguments import MaskArguments
 from ..ops.functional import attention
 from ..ops.keeper import current
@@ -100,6 +101,9 @@ def hfp_attention(
         query, scaling = query * scaling.to(query.dtype), 1.0
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+        if attention_mask is None and query.shape[2] != key.shape[2]:
+            # Kosmos-2 has an image projection of its decoder's class; no decoder, it says.
+            is_causal = is_causal and getattr(module, "is_decoder", None) is not False
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
 
@@ -145,7 +149,7 @@ def hfp_attention(
             )
         else:
             doc_range = request.documents_of(cu_seq_lens_q)
-    elif position_ids is not None and not _is_dense(attention_mask) and not _is_cross(module):
+    elif position_ids is not None and not _is_dense(attention_mask) and _counts_tokens(module):
         doc_range = request.documents_in(position_ids, mask)
 
     options |= {"causal": mask.causal, "window_size": mask.window_size}
@@ -206,9 +210,12 @@ def _is_dense(attention_mask: Any) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
 
 
-def _is_cross(module: nn.Module) -> bool:
-    """Whether the keys are another sequence's; BERT passes the queries' position_ids even so."""
-    return getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
+def _counts_tokens(module: nn.Module) -> bool:
+    """Whether position_ids count the keys, too: not where those are another sequence's, as BERT's
+    cross-attention has it, nor along an axis of time."""
+    name = type(module).__name__
+    cross = getattr(module, "is_cross_attention", False) or "Cross" in name
+    return not cross and name not in TIME_AXIS_ATTENTION
 
 
 def _warn_of_mask(module: nn.Module, mask: Any) -> None:

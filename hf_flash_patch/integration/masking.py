@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-from ..errors import ParallelError
+from ..errors import ParallelError, UnsupportedModelError
 from ..masks.block_mask import BlockMask
 from ..ops.arguments import MaskArguments
 from ..ops.padding import pack_key_padding
@@ -32,6 +32,7 @@ from .patterns import Pattern, read_mask_function
 from .sharing import WholeSequence, whole_sequence
 
 _TENSORS = ("cu_seqlens", "seqused_k", "key_padding", "key_range", "key_bits", "doc_range")
+_ADDITIONS = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _AND_MASK_CODE = and_masks(causal_mask_function).__code__
 
 
@@ -109,18 +110,38 @@ class AttentionMask:
         """Whether every query sees every key."""
         return self.is_plain and not self.causal and tuple(self.window_size) == (-1, -1)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionMask:
-        """The same mask on `device`; accelerate moves what a layer is given to its device."""
+    def to(
+        self,
+        where: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+        *,
+        device: torch.device | str | None = None,
+    ) -> AttentionMask | torch.Tensor:
+        """The same mask on another device, where accelerate moves what a layer is given; for a
+        dtype, what eager attention adds to its scores.
+
+        Raises:
+            UnsupportedModelError: the dtype is not floating.
+        """
+        if isinstance(where, torch.dtype):
+            where, dtype = None, where
+        where = device if where is None else where
+        if dtype is not None:
+            added = self.additive(dtype)
+            return added if where is None else added.to(where, non_blocking=non_blocking)
+        if where is None:
+            return self
         moved: dict[str, Any] = {
-            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            name: getattr(self, name).to(where, non_blocking=non_blocking)
             for name in (*_TENSORS, "dense")
             if getattr(self, name) is not None
         }
         if isinstance(self.q_start, torch.Tensor):
-            moved["q_start"] = self.q_start.to(device, non_blocking=non_blocking)
+            moved["q_start"] = self.q_start.to(where, non_blocking=non_blocking)
         if self.block_mask is not None:
-            moved["block_mask"] = self.block_mask.to(device)
-        return replace(self, device=torch.device(device), combined={}, _packed={}, **moved)
+            moved["block_mask"] = self.block_mask.to(where)
+        return replace(self, device=torch.device(where), combined={}, _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Ranges of the documents that `position_ids` tell apart; None if there is but one.
@@ -190,6 +211,22 @@ class AttentionMask:
             visible = visible & self.block_mask.dense()
         return visible if self.dense is None else visible & self.dense
 
+    def additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """What eager attention adds to its scores: 0 where a key is seen, else the dtype's minimum.
+
+        Raises:
+            UnsupportedModelError: the dtype is not floating: a model that asks for another one
+                expects eager's mask, of which it would be the opposite of this one's.
+        """
+        if not dtype.is_floating_point:
+            raise UnsupportedModelError(
+                f"the model computes attention itself and converts its mask to {dtype}; that is "
+                'for eager attention. Load it with attn_implementation="eager".'
+            )
+        visible = self.materialise()
+        zero = torch.zeros((), dtype=dtype, device=visible.device)
+        return torch.where(visible, zero, torch.finfo(dtype).min)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         """An index into the dense mask, for models that cut the mask themselves."""
         return self.materialise()[index]
@@ -205,12 +242,20 @@ class AttentionMask:
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Torch functions see the dense mask, for models that edit the mask themselves."""
+        """Torch functions see the dense mask, for models that edit the mask themselves; one that
+        adds it to scores, the mask that eager attention adds."""
+        scores = None
+        if getattr(func, "__name__", "") in _ADDITIONS:
+            scores = next((x for x in args if isinstance(x, torch.Tensor)), None)
 
         def dense(value: Any) -> Any:
             if isinstance(value, (tuple, list)):
                 return type(value)(dense(item) for item in value)
-            return value.materialise() if isinstance(value, AttentionMask) else value
+            if not isinstance(value, AttentionMask):
+                return value
+            if scores is not None and scores.is_floating_point():
+                return value.additive(scores.dtype)
+            return value.materialise()
 
         return func(*dense(args), **{name: dense(value) for name, value in (kwargs or {}).items()})
 

@@ -90,24 +90,27 @@ class Request:
     def _checked(self, mask: AttentionMask) -> AttentionMask:
         got = mask.sizes
         expected = (self.batch_size, self.seqlen_q, self.seqlen_k)
-        if got[:2] == expected[:2] and got != expected and mask.hides_nothing:
+        if got == expected:
+            return mask
+        if got[0] == self.batch_size and mask.hides_nothing:
             # Encoders with a prefix in the cache (peft's prefix tuning) make the mask without it,
-            # and where it hides nothing transformers says None, which fits whatever comes.
+            # BridgeTower for other queries; where it hides nothing transformers says None, which
+            # fits whatever comes.
             return self._structured(False, None)
-        if got == (self.batch_size, 1, 1) and self.seqlen_q == 1 < self.seqlen_k:
-            # MiniMax asks its first layer, which keeps no keys, how many there are. A mask of one
-            # key is for all of them, as a tensor's would be.
-            visible = None if mask.is_plain else mask.materialise()[:, 0, 0]
+        if got[:2] == (self.batch_size, 1) and got[2] in (1, self.seqlen_k) and mask.dense is None:
+            # One query's mask is every query's and one key's every key's, as a tensor's would be:
+            # BridgeTower and LightGlue ask for one query; MiniMax asks a layer that keeps no keys
+            # how many there are.
+            everything = mask.is_plain and tuple(mask.window_size) == (-1, -1)
+            visible = None if everything else mask.materialise()[:, 0, 0]
             if visible is not None:
                 visible = visible.expand(self.batch_size, self.seqlen_k)
             return self._structured(False, None, visible)
-        if got != expected:
-            raise MaskError(
-                f"the mask was made for (batch, seqlen_q, seqlen_k) = {got}, the tensors are "
-                f"{expected}. The model reuses a mask for another attention, which this "
-                "implementation cannot follow."
-            )
-        return mask
+        raise MaskError(
+            f"the mask was made for (batch, seqlen_q, seqlen_k) = {got}, the tensors are "
+            f"{expected}. The model reuses a mask for another attention, which this "
+            "implementation cannot follow."
+        )
 
     def _structured(
         self, is_causal: bool, sliding_window: int | None, padding: torch.Tensor | None = None

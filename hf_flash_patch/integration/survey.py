@@ -137,9 +137,11 @@ def _classify(cls: Any) -> tuple[str, str]:
         return "served", ""
     if "attention" not in cls.__name__.lower() or not names & _OWN_ATTENTION_NAMES:
         return "", ""
-    # Interface models use torch's own module in heads with a single query.
-    if cls is nn.MultiheadAttention or any(part in cls.__name__ for part in NOT_TOKEN_ATTENTION):
+    if any(part in cls.__name__ for part in NOT_TOKEN_ATTENTION):
         return "kept", "not attention from token to token"
+    # Interface models use torch's own module in heads with a single query; few for more.
+    if cls is nn.MultiheadAttention:
+        return "kept", "torch's own module, which computes attention itself"
     return "unsupported", "computes attention itself, not through transformers' AttentionInterface"
 
 

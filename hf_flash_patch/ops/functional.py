@@ -50,7 +50,8 @@ def flash_attn_func(
     """Exact attention, softmax(softmax_scale * q k^T + bias) v, in memory linear in seqlen.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), bf16, fp16, fp32 or fp64; head_dim 1 to 256.
+        q: (batch, seqlen_q, num_heads, head_dim), bf16, fp16, fp32 or fp64; head_dim 1 to 256, or
+            any in the torch engine.
         k, v: (batch, seqlen_k, num_heads_k, head_dim); num_heads is a multiple of num_heads_k (GQA,
             MQA).
         dropout_p: probability of dropping an attention probability, rounded to a multiple of 1/256.

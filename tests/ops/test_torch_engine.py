@@ -65,7 +65,7 @@ def test_nothing_to_see(seqlen_q, seqlen_k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("head_dim", [1, 40, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 40, 128, 256, 300])
 def test_dtypes_and_head_dims(dtype, head_dim):
     result = check(make_problem(("causal", "gqa"), seqlen_q=65, head_dim=head_dim, dtype=dtype))
     assert result.out.dtype == result.dq.dtype == dtype
