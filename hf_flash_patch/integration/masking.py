@@ -46,6 +46,7 @@ class AttentionMask:
             seqlen_k.
         seqused_k: int32 (batch,) or None; keys from there on are unused slots of a cache.
         key_padding: bool (batch, seqlen_k) or None; True where the key is real.
+        all_real: whether a padding mask was given that calls every key real.
         key_range, key_bits: the same for the kernels (ops.padding).
         doc_range: int32 (batch, seqlen, 2) or None; packed documents and chunks.
         dense: bool (batch or 1, num_heads or 1, seqlen_q, seqlen_k) or None; what none of the
@@ -69,6 +70,7 @@ class AttentionMask:
     device: torch.device
     seqused_k: torch.Tensor | None = None
     key_padding: torch.Tensor | None = None
+    all_real: bool = False
     key_range: torch.Tensor | None = None
     key_bits: torch.Tensor | None = None
     doc_range: torch.Tensor | None = None
@@ -157,7 +159,9 @@ class AttentionMask:
         """
         if not torch.compiler.is_compiling() and self._packed.get("of") is position_ids:
             return self._packed["ranges"]
-        boundary = packing.boundaries_from_position_ids(position_ids, self.key_padding)
+        boundary = packing.boundaries_from_position_ids(
+            position_ids, self.key_padding, all_real=self.all_real
+        )
         if _may_read(boundary) and not boundary.any():
             ranges = None
         else:
@@ -203,10 +207,10 @@ class AttentionMask:
         if self.key_padding is not None:
             visible = visible & self.key_padding[:, None, None, :]
         if self.key_range is not None:
-            visible = visible & _in_range(key, self.key_range[:, None, None, :])
+            visible = visible & packing.in_range(key, self.key_range[:, None, None, :])
         ranges = packing.intersect(self.doc_range, doc_range)
         if ranges is not None:
-            visible = visible & _in_range(key, ranges[:, None])
+            visible = visible & packing.in_range(key, ranges[:, None])
         if self.block_mask is not None:
             visible = visible & self.block_mask.dense()
         return visible if self.dense is None else visible & self.dense
@@ -463,6 +467,7 @@ def _compact(pattern: Pattern, request: dict[str, Any]) -> AttentionMask | None:
         device=device,
         seqused_k=seqused_k,
         key_padding=key_padding,
+        all_real=padding is not None and key_padding is None,
         key_range=None if key_range is None else key_range.contiguous(),
         key_bits=key_bits,
         doc_range=None if doc_range is None else doc_range.expand(batch_size, -1, -1),
@@ -487,10 +492,6 @@ def _key_padding(
 def _kept(offset: int | torch.Tensor) -> int | torch.Tensor:
     """The offset as it is now: a static cache counts on in the tensor it hands out."""
     return offset.clone() if isinstance(offset, torch.Tensor) else offset
-
-
-def _in_range(key: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    return (key >= ranges[..., :1]) & (key < ranges[..., 1:])
 
 
 def _may_read(tensor: torch.Tensor) -> bool:

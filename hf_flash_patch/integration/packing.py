@@ -32,7 +32,10 @@ def boundaries_from_ids(ids: torch.Tensor) -> torch.Tensor:
 
 
 def boundaries_from_position_ids(
-    position_ids: torch.Tensor, key_padding: torch.Tensor | None = None
+    position_ids: torch.Tensor,
+    key_padding: torch.Tensor | None = None,
+    *,
+    all_real: bool = False,
 ) -> torch.Tensor:
     """Where documents start, judging by the tokens' positions.
 
@@ -43,13 +46,16 @@ def boundaries_from_position_ids(
 
     Args:
         position_ids: int (batch or 1, seqlen).
-        key_padding: bool (batch, seqlen), True where a token is real; None if all are.
+        key_padding: bool (batch, seqlen), True where a token is real; None if there is no mask, or
+            none that says anything.
+        all_real: whether there is a mask that calls every token real.
 
     Returns:
         bool (batch or 1, seqlen).
     """
     if key_padding is None:
-        return F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+        before, here = position_ids[:, :-1], position_ids[:, 1:]
+        return F.pad(here <= before if all_real else here != before + 1, (1, 0))
     position_ids = position_ids.expand(key_padding.shape[0], -1)
     index = torch.arange(position_ids.shape[1], device=position_ids.device)
     last_real = torch.where(key_padding, index, -1).cummax(dim=1).values
@@ -57,6 +63,11 @@ def boundaries_from_position_ids(
     previous = F.pad(last_real[:, :-1], (1, 0), value=-1)
     restarts = position_ids <= position_ids.gather(1, previous.clamp(min=0))
     return key_padding & (previous >= 0) & restarts
+
+
+def in_range(key: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
+    """bool (..., keys): which of the positions `key`, (keys,), lie in ranges (..., 2)."""
+    return (key >= ranges[..., :1]) & (key < ranges[..., 1:])
 
 
 def ranges_from_cu_seqlens(cu_seqlens: torch.Tensor, seqlen: int) -> torch.Tensor:

@@ -251,7 +251,8 @@ class BlockMask:
         verify(self)
 
     def to_flex(self, num_heads: int | None = None) -> Any:
-        """The same mask for torch's flex_attention; see `flex.to_flex`."""
+        """The same mask for torch's flex_attention; num_heads is needed where groups of heads share
+        lists. See `flex.to_flex`."""
         from .flex import to_flex
 
         return to_flex(self, num_heads)

@@ -47,7 +47,8 @@ class Pattern:
         return 1
 
     def at(self, sequence: int, head: int, num_heads: int) -> Pattern:
-        """What one sequence and head see: a pattern without batches and heads of its own."""
+        """What one sequence and head, of num_heads, see: a pattern without batches and heads of
+        its own."""
         return self
 
     def visible(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -55,15 +56,16 @@ class Pattern:
         raise NotImplementedError
 
     def runs(self, grid: Grid) -> Runs:
-        """Which blocks are empty, partial and full, for what `at` returned."""
+        """Which blocks of the grid are empty, partial and full, for what `at` returned."""
         return everywhere(grid, PARTIAL)
 
     def signature(self, grid: Grid, q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-        """int64 tensors (n,): blocks that start at (q, k) and agree in all have equal elements."""
+        """int64 tensors (n,): blocks of the grid that start at (q, k) and agree in all have equal
+        elements."""
         return [q, k]
 
     def check(self, grid: Grid) -> None:
-        """Raise MaskError where the pattern was made for another length."""
+        """Raise MaskError where the pattern was made for other lengths than the grid's."""
 
     def heads(self, num_heads: int) -> int:
         """How many different patterns num_heads heads have.
@@ -172,7 +174,8 @@ class Pattern:
         return (*sizes, *mask.tensors(), mask.host)
 
     def density(self, seqlen_q: int, seqlen_k: int | None = None) -> float:
-        """Part of all pairs that see each other, 0 to 1, over batches and heads."""
+        """Part of all pairs that see each other, 0 to 1, over batches and heads, of seqlen_q
+        queries and as many keys, or seqlen_k."""
         return self.block_mask(seqlen_q, seqlen_k).density()
 
     def plot(self, seqlen: int, path: Any = None, *, cells: int = 32) -> str:

@@ -115,7 +115,7 @@ def resolve_backend(
         return "cuda", "asked for" if backend == "cuda" else "the compiled kernels serve this call"
     if backend == "cuda":
         raise UnsupportedKernelError(
-            f'backend="cuda" cannot serve this call: {obstacle}. '
+            f'backend="cuda" cannot serve this call: {obstacle.removesuffix(".")}. '
             'backend="torch" serves it on any device.'
         )
     return "torch", obstacle

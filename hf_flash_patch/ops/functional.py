@@ -136,10 +136,9 @@ def flash_attn_varlen_func(
         max_seqlen_q, max_seqlen_k: the longest sequence, in tokens, or any larger number.
         key_padding_mask: refused; leave padded keys out instead.
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-        return_lse, block_mask,
-            backend: as in `flash_attn_func`, for each sequence by itself. On a GPU a pattern needs
-            one cu_seqlens for both, since positions then do not depend on lengths, which only a
-            synchronisation could read.
+            return_lse, block_mask, backend: as in `flash_attn_func`, for each sequence by itself.
+            On a GPU a pattern needs one cu_seqlens for both, since positions then do not depend on
+            lengths, which only a synchronisation could read.
 
     Returns:
         out (total_q, num_heads, head_dim); with return_lse, (out, lse), lse fp32 (num_heads,

@@ -157,7 +157,8 @@ def _check(
 ) -> None:
     name = type(root).__name__
     for argument, reason in _REFUSED.items():
-        if kwargs.get(argument):
+        value = kwargs.get(argument)
+        if value is not None and value is not False:  # an empty cache is false, too
             raise ParallelError(f"{name} was called with {argument}; {reason}.")
     known = {*_DIVIDED, *_LABELS, *_OF_DOCUMENTS, "num_items_in_batch", "cache_position"}
     for argument, value in kwargs.items():

@@ -178,7 +178,8 @@ class SequenceParallel:
         options: dict[str, Any],
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of this process's part; see `integration.sharing.Share`."""
+        """Attention of this process's query, key and value under mask and pattern of the whole
+        sequence, with options and sinks; see `integration.sharing.Share`."""
         layout = self._layout(mask.seqlen_q)
         return attend(self.groups, layout, query, key, value, mask, pattern, options, sinks)
 

@@ -116,6 +116,20 @@ def test_packed_equals_separate(family, cached):
         assert_close(gradient, expected_gradients[name], name)
 
 
+def test_positions_that_jump_under_a_mask_are_one_document():
+    model = tiny_model(FAMILIES["llama"], "llama")
+    ids, positions = token_ids(), torch.tensor([[0, 1, 2, 3, 9, 10, 11, 20, 21, 22, 23, 24]])
+    real = torch.ones_like(ids)
+    with torch.no_grad():
+        # Eager attention knows no documents where there is a mask.
+        expected = model(ids, attention_mask=real, position_ids=positions).logits
+        with hfp.patched(model):
+            actual = model(ids, attention_mask=real, position_ids=positions).logits
+            apart = model(ids, position_ids=positions, use_cache=False).logits
+    assert_close(actual, expected, "one document")
+    assert (apart - expected).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
 def test_packed_and_padded(family):
     """Two documents, then padding; and the same with a hole between them."""

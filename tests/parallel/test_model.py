@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
 import hf_flash_patch as hfp
 from hf_flash_patch.errors import MaskError, ParallelError
@@ -255,7 +255,7 @@ def errors():
     expect(model, inputs["input_ids"][:, : 90 + (rank == 2)])
     expect(model, inputs["input_ids"][:, :90])
     expect(model, inputs["input_ids"], attention_mask=torch.ones(1, 1, SEQLEN, SEQLEN))
-    expect(model, inputs["input_ids"], past_key_values=object())
+    expect(model, inputs["input_ids"], past_key_values=DynamicCache())  # empty, therefore false
     expect(model, inputs["input_ids"], logits_to_keep=1)
     expect(model, inputs["input_ids"], weights=torch.ones(3))
     expect(model.model, inputs["input_ids"])
