@@ -20,8 +20,8 @@ from ..families import TIME_AXIS_ATTENTION
 from ..ops.arguments import MaskArguments
 from ..ops.functional import attention
 from ..ops.keeper import current
+from .attention_mask import AttentionMask
 from .dtypes import to_compute_dtype
-from .masking import AttentionMask
 from .outputs import wanted
 from .request import Request
 from .sharing import share_of

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .masking import AttentionMask
+from .attention_mask import AttentionMask
 
 # By mask, while it lives: its version and what it is for, and what was made of it.
 _made = WeakTensorKeyDictionary()

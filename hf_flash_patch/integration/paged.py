@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from .attention import hfp_attention
-from .masking import AttentionMask
+from .attention_mask import AttentionMask
 from .sparse import pattern_of
 
 

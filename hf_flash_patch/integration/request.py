@@ -10,7 +10,7 @@ from ..errors import MaskError
 from ..masks.block_mask import BlockMask
 from ..ops.padding import pack_key_padding
 from . import packing
-from .masking import AttentionMask
+from .attention_mask import AttentionMask
 from .own_mask import made_once
 
 

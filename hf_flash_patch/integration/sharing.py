@@ -14,7 +14,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from ..masks.pattern import Pattern
-    from .masking import AttentionMask
+    from .attention_mask import AttentionMask
 
 SHARE_ATTRIBUTE = "_hfp_share"  # of an attention module
 

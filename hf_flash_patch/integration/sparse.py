@@ -17,7 +17,7 @@ from ..masks.pattern import Pattern
 from ..masks.top_k import TopKBlocks
 from ..ops.padding import pack_key_padding
 from . import packing
-from .masking import AttentionMask
+from .attention_mask import AttentionMask
 
 PATTERN_ATTRIBUTE = "_hfp_mask"  # of an attention module
 

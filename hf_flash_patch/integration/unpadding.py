@@ -20,7 +20,7 @@ from transformers.utils.import_utils import is_tracing
 from ..errors import UnsupportedModelError
 from ..families import encoder_of
 from ..masks.top_k import TopKBlocks
-from .masking import AttentionMask
+from .attention_mask import AttentionMask
 from .outputs import wanted
 from .request import Request
 from .sparse import pattern_of

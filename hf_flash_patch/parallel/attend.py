@@ -10,7 +10,7 @@ import torch
 
 from ..errors import MaskError, ParallelError
 from ..integration.attention import attend as call_with_sinks
-from ..integration.masking import AttentionMask
+from ..integration.attention_mask import AttentionMask
 from ..integration.sparse import under, with_pattern
 from ..masks.block_mask import BlockMask
 from ..masks.pattern import Pattern

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import ParallelError
 from ..families import family_of
 from ..integration.assignment import heads_of, is_cross
-from ..integration.masking import AttentionMask
+from ..integration.attention_mask import AttentionMask
 from ..integration.sharing import SHARE_ATTRIBUTE, set_whole_sequence
 from ..integration.survey import calls_us, pretrained_roots, survey
 from ..integration.wrappers import compiled_or_sharded

@@ -15,7 +15,8 @@ from transformers import (
 import hf_flash_patch as hfp
 from hf_flash_patch.integration import attention as integration
 from hf_flash_patch.integration.attention import hfp_attention
-from hf_flash_patch.integration.masking import AttentionMask, hfp_mask
+from hf_flash_patch.integration.attention_mask import AttentionMask
+from hf_flash_patch.integration.masking import hfp_mask
 from hf_flash_patch.integration.request import Request
 from tests.integration.tiny import (
     assert_close,

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import masking_utils as mu
 
-from hf_flash_patch.integration.masking import AttentionMask, hfp_mask
+from hf_flash_patch.integration.attention_mask import AttentionMask
+from hf_flash_patch.integration.masking import hfp_mask
 from hf_flash_patch.integration.patterns import read_mask_function
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 2, 3]])
