@@ -221,8 +221,9 @@ class Engine:
             n = (batches.stop - batches.start, heads.stop - heads.start)
             dqc = dqc.mul_(self.call.softmax_scale).unflatten(0, n)  # b h g i d
             dq_by_group[batches, :, heads] = dqc.permute(0, 3, 1, 2, 4).to(dq.dtype)
-            dk[batches, :, heads] = dkc.unflatten(0, n).transpose(1, 2).to(dk.dtype)
-            dv[batches, :, heads] = dvc.unflatten(0, n).transpose(1, 2).to(dv.dtype)
+            keys = slice(self.mask.seen_keys)
+            dk[batches, keys, heads] = dkc.unflatten(0, n).transpose(1, 2).to(dk.dtype)
+            dv[batches, keys, heads] = dvc.unflatten(0, n).transpose(1, 2).to(dv.dtype)
         return dq, dk, dv
 
     def _backward_tile(
@@ -373,11 +374,18 @@ class Engine:
     def _chunk_inputs(
         self, batches: slice, heads: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q (n, g, i, d), scaled, k and v (n, j, d), contiguous, in the dtype of computation."""
+        """q (n, g, i, d), scaled, k and v (n, j, d), contiguous, in the dtype of computation.
+
+        Of k and v the keys that some row sees; zeros past each sequence's length.
+        """
         q = self._by_group(self.q, dim=2)[batches, :, heads].permute(0, 2, 3, 1, 4)
-        q = self._copy(q).mul_(self.call.softmax_scale).flatten(0, 1)
-        k, v = (self._copy(x[batches, :, heads].transpose(1, 2)) for x in (self.k, self.v))
-        return q, k.flatten(0, 1), v.flatten(0, 1)
+        q = self._copy(q, batches, self.mask.lengths_q).mul_(self.call.softmax_scale)
+        keys = slice(self.mask.seen_keys)
+        k, v = (
+            self._copy(x[batches, keys, heads].transpose(1, 2), batches, self.mask.lengths_k)
+            for x in (self.k, self.v)
+        )
+        return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
     def _chunk_gradients(
         self,
@@ -390,7 +398,11 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """dout (n, g, i, d); rowsum(dout * out) - dlse and lse (n, g, i, 1), lse +inf if -inf."""
         dout, out = (
-            self._copy(self._by_group(x, dim=2)[batches, :, heads].permute(0, 2, 3, 1, 4))
+            self._copy(
+                self._by_group(x, dim=2)[batches, :, heads].permute(0, 2, 3, 1, 4),
+                batches,
+                self.mask.lengths_q,
+            )
             for x in (dout, out)
         )
         delta = (dout * out).sum(dim=-1, keepdim=True)
@@ -407,8 +419,18 @@ class Engine:
         """Query heads of dimension `dim` as (key heads, groups)."""
         return x.unflatten(dim, (self.num_heads_k, self.groups))
 
-    def _copy(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.empty(x.shape, dtype=self.dtype, device=x.device).copy_(x)
+    def _copy(self, x: torch.Tensor, batches: slice, lengths: torch.Tensor | None) -> torch.Tensor:
+        # x (b, ..., rows, d), lengths (batch,). What lies past a sequence may be anything, and 0
+        # times NaN is NaN.
+        copy = torch.empty(x.shape, dtype=self.dtype, device=x.device).copy_(x)
+        if lengths is None:
+            return copy
+        if self.mask.readable:  # a fill by a broadcast mask takes four times the copy
+            for sequence, length in zip(copy, lengths[batches].tolist(), strict=True):
+                sequence[..., length:, :] = 0.0
+            return copy
+        past = torch.arange(x.shape[-2], device=x.device) >= lengths[batches, None]
+        return copy.masked_fill_(past.view(len(past), *(1,) * (x.dim() - 3), -1, 1), 0.0)
 
     @property
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

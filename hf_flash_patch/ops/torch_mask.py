@@ -85,6 +85,8 @@ class RowMask:
             row that sees none has (seqlen_k, 0).
         bits: bool (batch, seqlen_k) or None.
         lists: block lists or None.
+        seen_keys: no row sees a key from here on, as far as the host knows.
+        lengths_q, lengths_k: int (batch,), where sequences end; None for all rows and keys.
     """
 
     def __init__(
@@ -96,6 +98,8 @@ class RowMask:
         lists: ListedBlocks | None = None,
     ):
         self.seqlen_k, self.lists = seqlen_k, lists
+        self.lengths_q = rules.lengths_q
+        self.lengths_k = rules.lengths_k if rules.seqused_k is None else rules.seqused_k
         self.shift = _shift(rules, seqlen_q, seqlen_k)
         self.begin, self.end = _row_ranges(rules, self.shift, seqlen_q, seqlen_k, device)
         self.bits = None
@@ -112,6 +116,8 @@ class RowMask:
             self.host_begin, self.host_end = _row_ranges(
                 scalars, seqlen_k - seqlen_q, seqlen_q, seqlen_k, torch.device("cpu")
             )
+
+        self.seen_keys = int(self.host_end.amax()) if self.host_end.numel() else 0
 
     def blocks(self, batches: slice, heads: slice, rows: slice, block_size: int) -> Iterator[Block]:
         """The key blocks, of at most `block_size`, that a tile of rows meets in `batches` and

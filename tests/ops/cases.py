@@ -215,6 +215,42 @@ def check(problem: Problem, *, with_dlse: bool = True, **options) -> Result:
     return actual
 
 
+def check_what_lies_behind(
+    features: tuple[str, ...],
+    *,
+    head_dim: int,
+    device: str,
+    names: tuple[str, ...] = ("out", "dq", "dk", "dv"),
+    **options,
+) -> None:
+    """NaN in the unused part of a cache, and infinity in the next sequence, change nothing."""
+    options["deterministic"] = True
+    shape = {"seqlen_q": 128, "seqlen_k": 1024, "head_dim": head_dim}
+    problem = make_problem(features, dtype=torch.bfloat16, device=device, **shape)
+    used = torch.tensor([100, 777], dtype=torch.int32, device=device)
+    problem.mask = MaskArguments(seqused_k=used)
+    dout = torch.randn_like(problem.q)
+    expected = run(problem, dout, None, **options)
+    for b, n in enumerate(used.tolist()):
+        problem.k[b, n:] = problem.v[b, n:] = float("nan")
+    actual = run(problem, dout, None, **options)
+    for name in ("lse", *names):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+    lengths = [300, 77, 200]
+    problem = make_varlen_problem(
+        features, lengths_q=lengths, head_dim=head_dim, dtype=torch.bfloat16, device=device
+    )
+    dout = torch.randn_like(problem.q)
+    expected = run(problem, dout, None, **options)
+    for x in (problem.q, problem.k, problem.v, dout):
+        x[300:377] = float("inf")
+    actual = run(problem, dout, None, **options)
+    for name in names:
+        for part in (slice(0, 300), slice(377, None)):
+            assert torch.equal(getattr(actual, name)[part], getattr(expected, name)[part]), name
+
+
 def run_forward(problem: Problem, **options) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and lse of the problem by `attention`, without gradients."""
     with torch.no_grad():

@@ -16,6 +16,7 @@ from tests.ops.cases import (
     DENSE_ONLY,
     TORCH_ONLY,
     check,
+    check_what_lies_behind,
     make_problem,
     make_varlen_problem,
     pairs,
@@ -170,6 +171,15 @@ def test_gradients_by_finite_differences(features):
         return attention(q, k, v, mask=problem.mask, return_lse=True, **problem.options)
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("features", [(), ("causal", "gqa"), ("dropout",)], ids="+".join)
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+def test_what_lies_behind_a_sequence_is_not_multiplied(features, on_host, request):
+    """Not even by 0."""
+    if not on_host:
+        request.getfixturevalue("unreadable")
+    check_what_lies_behind(features, head_dim=16, device="cpu", backend="torch")
 
 
 def test_gradients_are_bit_identical_from_run_to_run():
