@@ -37,6 +37,7 @@ SMALL = {
     "window": small("window", "dense", window=24),
     "packed": small("varlen", "packed", seqlen=256),
     "packed full": small("varlen", "packed", seqlen=256, causal=False),
+    "documents": small("documents", "documents", seqlen=256),
     "padded": small("varlen", "padded", seqlen=256),
     "decode": small("decode", "decode", causal=False, num_heads_k=2),
     "blocks": small("blocks", "dense", causal=False, seqlen=384, density=0.4),
@@ -97,12 +98,13 @@ def test_groups():
         "window": 1,
         "dropout": 12,
         "varlen": 6,
+        "documents": 3,
         "decode": 20,
         "blocks": 12,
         "density": 24,
         "long_sparse": 4,
     }
-    assert len(ALL) == 119 == len({(cell.group, cell.name) for cell in ALL})
+    assert len(ALL) == 122 == len({(cell.group, cell.name) for cell in ALL})
     assert all(cell.group == name for name in GROUPS for cell in cells([name]))
     assert cells(["gqa", "window", "gqa"]) == cells(["gqa"]) + cells(["window"])
 
@@ -144,7 +146,7 @@ def test_work():
     assert (cell.unit, decode.unit) == ("TFLOP/s", "GB/s")
 
 
-@pytest.mark.parametrize("cell", cells(["varlen"]), ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", cells(["varlen", "documents"]), ids=lambda cell: cell.name)
 def test_the_uniform_cell_is_nearly_the_ragged_one(cell):
     uniform = cell.uniform
     assert uniform.seqlen % TILE == 0

@@ -26,7 +26,7 @@ TILE = 128
 # Of K and V together, bytes: half of the memory of the GPUs that serve models.
 KV_LIMIT = 40 * 2**30
 
-LAYOUTS = ("dense", "packed", "padded", "decode")
+LAYOUTS = ("dense", "packed", "documents", "padded", "decode")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Cell:
     Attributes:
         group: the group's name in `GROUPS`.
         layout: "dense"; "packed", sequences of random lengths one after the other (cu_seqlens);
-            "padded", the same padded on the left; "decode".
+            "documents", the same with lengths as texts have them; "padded", random lengths padded
+            on the left; "decode".
         head_dim, num_heads, num_heads_k: as in `flash_attn_func`.
         causal: whether a query sees only keys up to its own position.
         seqlen: keys of the longest sequence.
@@ -67,16 +68,26 @@ class Cell:
         draw = random.Random(0)
         if self.layout == "padded":
             return tuple(draw.randint(SHORTEST, self.seqlen) for _ in range(self.batch))
-        lengths, left = [], self.batch * self.seqlen
+        lengths: list[int] = []
+        left = self.batch * self.seqlen
         while left:
-            lengths.append(min(left, draw.randint(SHORTEST, self.seqlen)))
+            if self.layout == "packed":
+                length = draw.randint(SHORTEST, self.seqlen)
+            else:  # most are short, the first is the longest
+                length = round(draw.lognormvariate(math.log(300), 0.8)) if lengths else self.seqlen
+            lengths.append(min(left, self.seqlen, length))
             left -= lengths[-1]
         return tuple(lengths)
 
     @property
     def ragged(self) -> bool:
         """Whether the sequences differ in length."""
-        return self.layout in ("packed", "padded")
+        return self.packed or self.layout == "padded"
+
+    @property
+    def packed(self) -> bool:
+        """Whether the sequences come one after the other, without padding."""
+        return self.layout in ("packed", "documents")
 
     @property
     def decode(self) -> bool:
@@ -164,14 +175,14 @@ class Cell:
         if self.density:
             words.append(f"blocks {100 * self.density:.3g}%")
         if self.ragged:
-            words.append("packed" if self.layout == "packed" else "left-padded")
+            words.append("left-padded" if self.layout == "padded" else self.layout)
         return " ".join(words)
 
     @property
     def size(self) -> str:
         """What tells the cells of a series apart."""
-        if self.layout in ("dense", "packed"):
-            return short(self.seqlen * (self.batch if self.ragged else 1))
+        if self.layout == "dense" or self.packed:
+            return short(self.seqlen * (self.batch if self.packed else 1))
         return f"{self.batch}x{short(self.seqlen)}"
 
     @property
@@ -245,6 +256,13 @@ def _varlen(group: str) -> Iterator[Cell]:
         yield Cell(group, "padded", head_dim, True, 4096, 8, *heads)
 
 
+def _documents(group: str) -> Iterator[Cell]:
+    """32768 tokens, the longest document 4096, half of them 300 and fewer."""
+    for head_dim, causal in ((64, False), (64, True), (128, True)):
+        heads = (HIDDEN // head_dim, HIDDEN // head_dim)
+        yield Cell(group, "documents", head_dim, causal, 4096, 8, *heads)
+
+
 def _decode(group: str) -> Iterator[Cell]:
     """Grouped heads as in LLaMA, and as many heads of K and V as of Q; smallest cache first."""
     grouped = product((8,), (1, 4, 16, 64), (4096, 32768, 131072))
@@ -284,6 +302,7 @@ GROUPS: dict[str, Callable[[str], Iterator[Cell]]] = {
     "window": _window,
     "dropout": _dropout,
     "varlen": _varlen,
+    "documents": _documents,
     "decode": _decode,
     "blocks": _blocks,
     "density": _density,

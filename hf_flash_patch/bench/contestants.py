@@ -109,7 +109,7 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
         if cell.dropout:
             raise Refusal("no dropout")
         rules = _mask_mods(problem)
-        seqlen = problem.documents.numel() if cell.layout == "packed" else cell.seqlen
+        seqlen = problem.documents.numel() if cell.packed else cell.seqlen
         block_mask = None
         if cell.density and problem.mask and problem.mask.block_mask:
             block_mask = problem.mask.block_mask.to_flex(cell.num_heads)
@@ -129,12 +129,12 @@ def _flex() -> tuple[str, Callable[[Problem], Attend]]:
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
         ) -> torch.Tensor:
-            if cell.layout == "packed":
+            if cell.packed:
                 q, k, v = q[None], k[None], v[None]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa, **options)
             out = out.transpose(1, 2)
-            return out[0] if cell.layout == "packed" else out
+            return out[0] if cell.packed else out
 
         return partial(attend, kernel_options=_fitting_options(problem, attend))
 
@@ -166,7 +166,7 @@ def _mask_mods(problem: Problem) -> list[Callable[..., torch.Tensor]]:
         rules.append(lambda b, h, i, j: i >= j)
     if window:
         rules.append(lambda b, h, i, j: i - j < window)
-    if cell.layout == "packed":
+    if cell.packed:
         documents = problem.documents
         rules.append(lambda b, h, i, j: documents[i] == documents[j])
     if cell.layout == "padded":

@@ -44,7 +44,7 @@ class Problem:
             return torch.randn(*shape, generator=draw, dtype=dtype, device=device)
 
         rows = (1,) if cell.decode else (cell.seqlen,)
-        shape = (sum(cell.lengths),) if cell.layout == "packed" else (cell.batch, *rows)
+        shape = (sum(cell.lengths),) if cell.packed else (cell.batch, *rows)
         self.q = random(*shape, cell.num_heads, cell.head_dim)
         self.dout = random(*self.q.shape)
         if cell.decode:
@@ -95,7 +95,7 @@ class Problem:
             given["block_mask"] = pattern.block_mask(
                 seqlen, num_heads=num_heads, device=self.q.device
             )
-        if self.cell.layout == "packed":
+        if self.cell.packed:
             longest = max(self.cell.lengths)
             given |= {"cu_seqlens_q": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens}
             given |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
@@ -118,7 +118,7 @@ class Problem:
         """
         length = self.cell.lengths[-1]
         first = -(tensor.shape[-2] // self.cell.num_heads_k)
-        rows = tensor if self.cell.layout == "packed" else tensor[-1]
+        rows = tensor if self.cell.packed else tensor[-1]
         return rows[-length:, first:].detach()[None]
 
 
