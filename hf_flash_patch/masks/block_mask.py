@@ -214,16 +214,19 @@ class BlockMask:
             tiles.append(tiles[-1] + len(mask.tiles))
 
         def joined(name: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-            offsets, entries, first = [], [], 0
+            offsets, edges = [], -(-length // size) + 1
+            joint = torch.cat([getattr(mask, f"{name}_entries") for mask in masks])
+            first = joint.new_zeros(())  # of the mask's entries
             for mask, first_tile in zip(masks, tiles[:-1], strict=True):
                 offset = getattr(mask, f"{name}_offsets")
                 entry = getattr(mask, f"{name}_entries").clone()
                 entry[:, 1] += (entry[:, 1] != FULL_TILE).int() * first_tile
-                more = offset[..., -1:].expand(-1, -1, -(-length // size) + 1 - offset.shape[2])
-                offsets.append(torch.cat((offset, more), dim=2) + first)
-                entries.append(entry)
-                first += len(entry)
-            return torch.cat(offsets), torch.cat(entries)
+                # Those that mean nothing are written over by the next mask's.
+                joint[first + torch.arange(len(entry), device=joint.device)] = entry
+                last = offset[..., -1:].expand(-1, -1, edges - offset.shape[2])
+                offsets.append(torch.cat((offset, last), dim=2) + first)
+                first = first + offset[-1, -1, -1]
+            return torch.cat(offsets), joint
 
         rows, columns = joined("row", seqlen_q), joined("column", seqlen_k)
         shared, turned = (torch.cat([getattr(mask, n) for mask in masks]) for n in _TENSORS[4:])

@@ -184,6 +184,18 @@ def test_stack():
         assert torch.equal(dense[b, 0, : part.seqlen_q, : part.seqlen_k], part.dense()[0, 0])
 
 
+def test_stack_of_lists_with_room_to_spare():
+    """Lists made without asking their length have entries past the end, which mean nothing."""
+    parts = [torch.rand(1, 2, *lengths) < 0.3 for lengths in ((40, 96), (97, 40), (1, 70))]
+    for part in parts:
+        part[:, 1, :, 32:64] = False
+    mask = masks.BlockMask.stack([masks.BlockMask.from_dense(part, 32) for part in parts])
+    mask.verify()
+    for dense, part in zip(mask.dense(), parts, strict=True):
+        assert torch.equal(dense[:, : part.shape[2], : part.shape[3]], part[0])
+        assert dense.sum() == part.sum()
+
+
 def test_bits():
     blocks = torch.rand(5, 64, 96) < 0.5
     assert torch.equal(unpack_bits(pack_bits(blocks)), blocks)
