@@ -90,14 +90,18 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, owner, tile, kept, x, *parameters):  # type: ignore[override]
         ctx.function, ctx.tile, ctx.kept, ctx.parameters = function, tile, kept, parameters
-        ctx.random = _random_state(owner, x.device)
         device = x.device.type
         ctx.autocast = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
-        return _forward(function, owner, x, tile)
+        before = _random_state(x.device)
+        out = _forward(function, owner, x, tile)
+        # Asked of the generators: modules may call F.dropout with a probability of any name.
+        drawn = not all(map(torch.equal, before, _random_state(x.device)))
+        ctx.random = before if drawn else None
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -136,28 +140,24 @@ def _added(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return total.add_(gradient)
 
 
-def _random_state(owner: nn.Module, device: torch.device) -> Any:
-    """The state of the generators, if the owner draws from them."""
-    draws = any(
-        "Dropout" in type(module).__name__ and module.training and getattr(module, "p", 1) > 0
-        for module in owner.modules()
-    )
-    if not draws:
-        return None
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The states of the CPU's generator and, if it is another device, of its own."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
 @contextlib.contextmanager
-def _replayed(state: Any, device: torch.device) -> Iterator[None]:
+def _replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
     """The generators as they were; afterwards, as they are."""
-    if state is None:
+    if states is None:
         yield
         return
-    accelerators = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
+    accelerators = [device] * (len(states) - 1)
+    kind = device.type if accelerators else "cuda"
     with torch.random.fork_rng(accelerators, device_type=kind):
-        torch.set_rng_state(state[0])
+        torch.set_rng_state(states[0])
         if accelerators:
-            torch.get_device_module(device).set_rng_state(state[1], device)
+            torch.get_device_module(device).set_rng_state(states[1], device)
         yield

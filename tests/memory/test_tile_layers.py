@@ -144,11 +144,19 @@ def test_all_techniques_at_once(family):
     assert_same_step(step(model), expected)
 
 
+class Noise(torch.nn.Module):
+    """Dropout by a function, as in the MLPs of Starcoder 2."""
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("dropout", [torch.nn.Dropout(0.5), Noise()])
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_dropout_is_replayed(reentrant):
+def test_dropout_is_replayed(dropout, reentrant):
     """The gradient is that of the loss that was computed: compared with finite differences."""
     module = torch.nn.Sequential(
-        torch.nn.Linear(6, 9), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(9, 6)
+        torch.nn.Linear(6, 9), torch.nn.GELU(), dropout, torch.nn.Linear(9, 6)
     ).double()
     x = torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True)
 
