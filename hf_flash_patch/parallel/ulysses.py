@@ -47,7 +47,8 @@ def ulysses_attention(
     Source: Jacobs et al., DeepSpeed Ulysses (arXiv 2309.14509).
     """
     for name in ("alibi_slopes", "return_lse"):
-        if options.get(name) not in (None, False):
+        value = options.get(name)
+        if value is not None and value is not False:
             raise ParallelError(f"ulysses_attention has no {name}.")
     size, num_heads = dist.get_world_size(group), q.shape[2]
     check_heads(num_heads, k.shape[2], size)
