@@ -81,8 +81,9 @@ def divided(
 
     seqlen = shape[1]
     mask = tensors.get("attention_mask")
-    padding = None if mask is None or bool(mask.all()) else mask.bool()
-    documents = _documents(kwargs, tensors.get("position_ids"), padding, shape)
+    real = None if mask is None else mask.bool().expand(*shape)
+    padding = None if real is None or bool(real.all()) else real
+    documents = _documents(kwargs, tensors.get("position_ids"), real, shape)
     if "position_ids" not in tensors:
         tensors["position_ids"] = _positions(root, tensors.get("input_ids"), tokens, padding)
     # Never None: transformers would look for documents in this process's positions.
@@ -187,16 +188,23 @@ def _check(
 def _documents(
     kwargs: dict[str, Any],
     position_ids: torch.Tensor | None,
-    padding: torch.Tensor | None,
+    real: torch.Tensor | None,
     shape: tuple[int, ...],
 ) -> torch.Tensor | None:
-    """Ranges of packed documents, int32 (batch, seqlen, 2); None where nothing is packed."""
+    """Ranges of packed documents, int32 (batch, seqlen, 2); None where nothing is packed.
+
+    Args:
+        kwargs, position_ids: what the model was called with.
+        real: bool (batch, seqlen), its padding mask, also one that calls every token real; None
+            without.
+        shape: (batch, seqlen).
+    """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         return packing.ranges_from_cu_seqlens(cu_seqlens, shape[1]).expand(shape[0], -1, -1)
     if position_ids is None:
         return None
-    boundary = packing.boundaries_from_position_ids(position_ids.expand(*shape), padding)
+    boundary = packing.boundaries_from_position_ids(position_ids.expand(*shape), real)
     return packing.ranges_from_boundaries(boundary) if bool(boundary.any()) else None
 
 

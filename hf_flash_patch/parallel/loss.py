@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any, cast
 
 import torch
@@ -41,7 +42,7 @@ class Loss:
         self._function = root.loss_function
         before = vars(root).get("_loss_function")
         vars(root)["_loss_function"] = self._of_part
-        undo.callback(_put_back, root, before)
+        undo.callback(_put_back, weakref.ref(root), before)
 
     def begin(self, batch: Batch) -> None:
         """A call of the model starts."""
@@ -87,10 +88,12 @@ class Loss:
         return self._function(logits, labels, *args, **kwargs | {"num_items_in_batch": items})
 
 
-def _put_back(root: nn.Module, before: Any) -> None:
-    vars(root).pop("_loss_function", None)
-    if before is not None:
-        vars(root)["_loss_function"] = before
+def _put_back(reference: weakref.ref[nn.Module], before: Any) -> None:
+    root = reference()
+    if root is not None:
+        vars(root).pop("_loss_function", None)
+        if before is not None:
+            vars(root)["_loss_function"] = before
 
 
 class _Total(torch.autograd.Function):

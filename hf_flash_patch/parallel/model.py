@@ -16,7 +16,7 @@ from ..errors import ParallelError
 from ..families import family_of
 from ..integration.assignment import heads_of, is_cross
 from ..integration.attention_mask import AttentionMask
-from ..integration.sharing import SHARE_ATTRIBUTE, set_whole_sequence
+from ..integration.sharing import SHARE_ATTRIBUTE, set_whole_sequence, share_of
 from ..integration.survey import calls_us, pretrained_roots, survey
 from ..integration.wrappers import compiled_or_sharded
 from ..masks.pattern import Pattern
@@ -26,8 +26,6 @@ from .costs import BLOCK_SIZE, Costs
 from .groups import Group, Groups, groups_of
 from .layout import Layout, balanced
 from .loss import Loss
-
-_shared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def sequence_parallel(
@@ -78,7 +76,7 @@ def sequence_parallel(
 def _attention_of(root: PreTrainedModel) -> list[nn.Module]:
     """The model's attention modules, all of which can be shared."""
     name = type(root).__name__
-    if root in _shared:
+    if any(share_of(module) is not None for module in root.modules()):
         raise ParallelError(f"{name}'s sequences are shared already; restore() that first.")
     family = family_of(root.config)
     if family is None or root.config.is_encoder_decoder:
@@ -126,8 +124,6 @@ class SequenceParallel:
             undo.callback(root.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(root.register_forward_hook(self._leave, always_call=True).remove)
             self._loss.take_over(root, undo)
-            _shared.add(root)
-            undo.callback(_shared.discard, root)
             self._undo = undo.pop_all()
 
     def restore(self) -> None:

@@ -1,6 +1,8 @@
 """Models whose sequences processes share against one process, on gloo: loss and gradients."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -55,6 +57,14 @@ def packed(seqlen=SEQLEN):
     return {**found, "position_ids": positions[None]}
 
 
+def with_gaps():
+    """Positions that leave some out, in one document as the mask has it: all are real."""
+    found = batch()
+    position = torch.arange(SEQLEN)
+    found["position_ids"] = (position + 7 * (position >= 50))[None]
+    return {**found, "attention_mask": torch.ones_like(found["input_ids"])}
+
+
 def long(function):
     return lambda: function(WHOLE_BLOCKS)
 
@@ -74,6 +84,7 @@ CASES = {
     "modernbert": ("modernbert", {"layer_types": ["full_attention"] * 2}, {}, batch, ALL),
     "padded": ("llama", {}, {}, padded, ALL),
     "packed": ("llama", {}, {}, packed, ("ulysses",)),
+    "positions with gaps": ("llama", {}, {}, with_gaps, ("ulysses",)),
     "sinks": ("gpt_oss", {"layer_types": ["full_attention"] * 2}, {}, batch, ALL),
     "model's window": ("mistral", {"sliding_window": 20}, {}, padded, ("ulysses",)),
     "top k": ("llama", {}, {"mask": hfp.masks.top_k_blocks(2, block_size=32)}, batch, ("ulysses",)),
@@ -204,7 +215,10 @@ def check_the_handle():
         sp.restore()
         torch.testing.assert_close(model(**inputs).logits, whole.logits, atol=0.0, rtol=0.0)
         assert "_loss_function" not in vars(model) and not model._forward_pre_hooks
-    return True
+    sp, model = hfp.parallel.sequence_parallel(model), weakref.ref(model)
+    del whole, embedded, shared_copy
+    gc.collect()
+    return model() is None  # a handle keeps no model alive
 
 
 def check_uneven_masks():
