@@ -168,6 +168,8 @@ class BlockMask:
             lists = _lists_of(rows_of(slice(0, seqlen_q)), block_size)
             return BlockMask(seqlen_q, seqlen_k, block_size, batch, heads, *lists)
         rows, columns = -(-seqlen_q // block_size), -(-seqlen_k // block_size)
+        if 0 in (batch, heads, rows, columns):
+            return _nothing(batch, heads, seqlen_q, seqlen_k, block_size, torch.device(device))
         width = (seqlen_k - torch.arange(columns, device=device) * block_size).clamp(max=block_size)
         step = max(1, _CHUNK // max(1, batch * heads * columns * block_size**2))
         tiles, live, full = [], [], []
@@ -185,8 +187,6 @@ class BlockMask:
             live.append(seen > 0)
             full.append(seen == pairs)
             tiles.append(pack_bits(blocks))
-        if not tiles or not columns:
-            return _nothing(batch, heads, seqlen_q, seqlen_k, block_size, torch.device(device))
         number = torch.arange(batch * heads * rows * columns, device=device)
         grid = torch.cat(live, dim=2)
         tile = torch.where(torch.cat(full, dim=2), FULL_TILE, number.view(grid.shape))
@@ -313,7 +313,7 @@ def _(mask: torch.Tensor, block_size: int) -> _SixTensors:
 def _nothing(
     batch: int, heads: int, seqlen_q: int, seqlen_k: int, block_size: int, device: torch.device
 ) -> BlockMask:
-    """Of no queries or no keys."""
+    """Of no queries, keys, sequences or heads."""
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -347,6 +347,8 @@ def from_grid(
         capacity: entries to reserve; as many as blocks if None. At most so many may be live.
     """
     shape = live.shape
+    if 0 in shape:
+        return _nothing(shape[0], shape[1], seqlen_q, seqlen_k, block_size, live.device)
     capacity = live.numel() if capacity is None else capacity
 
     def lists(live: torch.Tensor, tile: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -216,6 +216,13 @@ def test_nothing(seqlen_q, seqlen_k):
     assert len(mask.row_entries) == 0 and mask.density() == 0.0
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 5, 5), (1, 1, 0, 5), (1, 2, 5, 0)])
+def test_from_dense_of_nothing(shape):
+    mask = masks.BlockMask.from_dense(torch.ones(shape, dtype=torch.bool))
+    mask.verify()
+    assert mask.dense().shape == shape
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

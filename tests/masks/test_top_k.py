@@ -53,6 +53,14 @@ def blocks_of(mask: BlockMask) -> torch.Tensor:
     return seen[:, :, rows][:, :, :, columns]
 
 
+@pytest.mark.parametrize("shape", [(0, 40, 40), (1, 0, 40), (1, 40, 0)])
+def test_nothing_to_choose_from(shape):
+    batch, seqlen_q, seqlen_k = shape
+    q, k = torch.randn(batch, seqlen_q, 4, 16), torch.randn(batch, seqlen_k, 2, 16)
+    out = hfp.flash_attn_func(q, k, k, block_mask=masks.top_k_blocks(2, block_size=SIZE))
+    assert out.shape == q.shape and not out.any()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(256, 256), (200, 200), (64, 256), (70, 200)])
 @pytest.mark.parametrize("padded", [False, True])
