@@ -27,23 +27,25 @@ _Blocks = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 _cache: OrderedDict[tuple, BlockMask] = OrderedDict()
 
 
-def lower(pattern: Pattern, grid: Grid, num_heads: int, device: torch.device) -> BlockMask:
-    """`Pattern.block_mask`, by its grid."""
+def lower(
+    pattern: Pattern, grid: Grid, num_heads: int, device: torch.device, *, keep: bool = True
+) -> BlockMask:
+    """`Pattern.block_mask`, by its grid; without `keep`, for a pattern that no other call has."""
     check_block_size(grid.block)
     heads = pattern.heads(num_heads)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     key = (pattern, grid, heads, device)
-    mask = _cache.get(key)
+    mask = _cache.pop(key, None)  # its place is at the end; another thread may evict it
     if mask is None:
         pattern.check(grid)
         # What makes tensors below makes them there: a GPU lowers by itself.
         with torch.device(device):
-            mask = _cache[key] = _lower(pattern, grid, heads, num_heads)
+            mask = _lower(pattern, grid, heads, num_heads)
+    if keep:
+        _cache[key] = mask
         while len(_cache) > KEPT:
             _cache.popitem(last=False)
-    else:
-        _cache.move_to_end(key)
     return mask
 
 

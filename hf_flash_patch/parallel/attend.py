@@ -13,11 +13,14 @@ from ..integration.attention import attend as call_with_sinks
 from ..integration.attention_mask import AttentionMask
 from ..integration.sparse import under, with_pattern
 from ..masks.block_mask import BlockMask
+from ..masks.grid import Grid
+from ..masks.lowering import lower
 from ..masks.pattern import Pattern
 from ..masks.structured import documents
 from ..masks.tokens import sliding_window
 from ..masks.top_k import TopKBlocks
 from ..ops.functional import attention
+from .costs import BLOCK_SIZE
 from .groups import Groups
 from .layout import Layout
 from .ring import ring_attention
@@ -122,5 +125,7 @@ def _lists(
     whole = parts[0]
     for part in parts[1:]:
         whole = whole & part
-    lists = whole.block_mask(mask.seqlen_q, mask.seqlen_k, num_heads, mask.device)
+    # The last few masks are kept; those of one batch's documents would only take memory.
+    grid = Grid(mask.seqlen_q, mask.seqlen_k, 0, 0, BLOCK_SIZE)
+    lists = lower(whole, grid, num_heads, mask.device, keep=mask.doc_range is None)
     return lists if groups.ulysses is None else own_heads(lists, groups.ulysses)

@@ -1,6 +1,8 @@
 """Sequences that processes share against one process, on gloo."""
 
 import os
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +10,11 @@ import torch.distributed as dist
 
 import hf_flash_patch as hfp
 from hf_flash_patch.errors import MaskError, ParallelError
+from hf_flash_patch.integration import packing
+from hf_flash_patch.integration.attention_mask import AttentionMask
 from hf_flash_patch.masks.part import part_of
+from hf_flash_patch.parallel.attend import _lists
+from hf_flash_patch.parallel.groups import Groups
 from hf_flash_patch.parallel.layout import balanced, owned
 from tests.training.processes import run
 
@@ -235,6 +241,19 @@ def test_shards_go_back():
 def test_zigzag_balances_causal_work():
     pairs = [sum(2 * i + 1 for i in owned(rank, 4, "zigzag")) for rank in range(4)]
     assert len(set(pairs)) == 1
+
+
+def test_lists_of_a_batch_go_with_it():
+    """A million tokens of two documents have lists of half a gigabyte."""
+    ids = torch.tensor([[0] * 100 + [1] * 412])
+    ranges = packing.ranges_from_boundaries(packing.boundaries_from_ids(ids))
+    cpu = torch.device("cpu")
+    mask = AttentionMask(1, 512, 512, causal=True, window_size=(-1, -1), device=cpu)
+    lists = _lists(Groups(None, None), replace(mask, doc_range=ranges), None, HEADS)
+    assert torch.equal(lists.dense()[0, 0], ids.T == ids)
+    of_batch = weakref.ref(lists)
+    del lists
+    assert of_batch() is None
 
 
 @pytest.mark.parametrize("name", [name for name in PATTERNS if name != "documents"])
