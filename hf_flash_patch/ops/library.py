@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import UnsupportedKernelError
 from . import keeper, torch_backend
@@ -223,13 +224,27 @@ def call_attention(
     Autograd in Python adds 17 us of host time to a call of an operator, 140 us with a gradient.
 
     Raises:
-        UnsupportedKernelError: a compiled part calls it in a checkpoint that keeps its results.
+        UnsupportedKernelError: a compiled part calls it in a checkpoint that keeps its results; or
+            a forward-mode derivative is asked for.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return _ops.attention(q, k, v, *rest)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v)
+    if torch._C._are_functorch_transforms_active():
         return _ops.attention(q, k, v, *rest)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, rest)
     return _kept_forward(q, k, v, rest)[0]
+
+
+def _refuse_tangents(*tensors: torch.Tensor) -> None:
+    # Autograd would ask no formula of an input that needs no gradient, and drop its tangent.
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedKernelError(
+            "a forward-mode derivative (jvp) was asked for, which this attention does not compute. "
+            "Use reverse mode, or eager attention."
+        )
 
 
 def _no_gradient(ctx: Any, *grads: torch.Tensor | None) -> None:

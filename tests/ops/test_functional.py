@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from hf_flash_patch import UnsupportedKernelError
 from hf_flash_patch.ops import functional, library
 from hf_flash_patch.ops.arguments import MaskArguments
 from hf_flash_patch.ops.functional import attention, flash_attn_func, flash_attn_varlen_func
@@ -250,6 +251,21 @@ def test_vmap_keeps_gradients():
     torch.testing.assert_close(actual, expected)
     grads = [torch.autograd.grad(out.square().sum(), q)[0] for out in (actual, expected)]
     torch.testing.assert_close(*grads)
+
+
+def test_forward_mode_is_refused():
+    """Whose derivatives would be lost in silence, and come out as zeros."""
+    q = torch.randn(1, 12, 2, 8)
+
+    def step(q):
+        return flash_attn_func(q, q, q, softcap=5.0)
+
+    with pytest.raises(UnsupportedKernelError, match="forward-mode"):
+        torch.func.jvp(step, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(step(q), flash_attn_func(q, q, q, softcap=5.0))
+        with pytest.raises(UnsupportedKernelError, match="forward-mode"):
+            step(torch.autograd.forward_ad.make_dual(q, q))
 
 
 def test_meta_tensors():
