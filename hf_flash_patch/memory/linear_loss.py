@@ -80,8 +80,9 @@ def linear_cross_entropy(
             reduction=reduction,
             accum_dtype=torch.float32,
         )
-    options = {"weight": class_weight, "ignore_index": ignore_index}
-    loss = _Options(options | {"label_smoothing": label_smoothing}, steps, chunk)
+    options: dict[str, Any] = {"weight": class_weight, "ignore_index": ignore_index}
+    options["label_smoothing"] = label_smoothing
+    loss = _Options(options, steps, chunk, torch.is_grad_enabled())
     count = torch.ones((), device=hidden.device)
     if reduction == "mean":
         real = target != ignore_index
@@ -123,12 +124,13 @@ class _Options:
     cross_entropy: dict[str, Any]
     steps: tuple[Step, ...]
     chunk: int
+    gradients: bool  # may be asked for; needs_input_grad does not know of no_grad
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, count, options):  # type: ignore[override]
-        wanted = ctx.needs_input_grad[:3]
+        wanted = [options.gradients and needed for needed in ctx.needs_input_grad[:3]]
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         # Cast once: autocast would do so for every chunk.

@@ -46,6 +46,16 @@ def test_loss_and_gradients_are_the_models(family):
     assert largest.rows >= 48
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_makes_no_gradients(mode, monkeypatch):
+    """The weight's, in fp32, would be of gigabytes."""
+    model = model_of("llama")
+    expected = model(**batch()).loss
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with mode(), chunked_loss(model, chunk=7):
+        torch.testing.assert_close(model(**batch()).loss, expected)
+
+
 def test_number_of_items_and_given_shift():
     """Trainer's gradient accumulation, and sequence parallelism, give these."""
     model = model_of("llama")
