@@ -24,7 +24,7 @@ from .attention_mask import AttentionMask
 from .dtypes import to_compute_dtype
 from .outputs import wanted
 from .request import Request
-from .sharing import share_of
+from .sharing import own_attribute, share_of
 from .sparse import PATTERN_ATTRIBUTE, pattern_of, with_pattern
 
 # Arguments some models hand to an attention function that change its result and that are not
@@ -214,7 +214,7 @@ def _counts_tokens(module: nn.Module) -> bool:
     """Whether position_ids count the keys, too: not where those are another sequence's, as BERT's
     cross-attention has it, nor along an axis of time."""
     name = type(module).__name__
-    cross = getattr(module, "is_cross_attention", False) or "Cross" in name
+    cross = own_attribute(module, "is_cross_attention") or "Cross" in name
     return not cross and name not in TIME_AXIS_ATTENTION
 
 

@@ -37,7 +37,18 @@ class Share(Protocol):
 
 def share_of(module: nn.Module) -> Share | None:
     """What `parallel.sequence_parallel` gave the module."""
-    return getattr(module, SHARE_ATTRIBUTE, None)
+    return own_attribute(module, SHARE_ATTRIBUTE)
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """What a module, not its class, has by a name, or None.
+
+    A getattr that finds nothing takes 2 us, in each call of attention. While torch.compile traces
+    it has to be one all the same: of a key that a __dict__ does not have, a graph has no guard.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(module, name, None)
+    return vars(module).get(name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,14 @@ from ..masks.top_k import TopKBlocks
 from ..ops.padding import pack_key_padding
 from . import packing
 from .attention_mask import AttentionMask
+from .sharing import own_attribute
 
 PATTERN_ATTRIBUTE = "_hfp_mask"  # of an attention module
 
 
 def pattern_of(module: nn.Module) -> Pattern | None:
     """The pattern that patch() gave the module."""
-    return getattr(module, PATTERN_ATTRIBUTE, None)
+    return own_attribute(module, PATTERN_ATTRIBUTE)
 
 
 def with_pattern(

@@ -143,3 +143,18 @@ def test_output_attentions_is_refused_while_compiling():
     model = _one_layer("llama")
     with hfp.patched(model), pytest.raises(Exception, match="output_attentions"):
         torch.compile(model, backend="aot_eager")(token_ids(), output_attentions=True)
+
+
+def test_layers_compiled_one_by_one():
+    """Models of one class share their layers' graphs, whichever of them have a mask."""
+    ids = token_ids()
+    logits = []
+    near = hfp.masks.from_mask_mod(lambda b, h, q, k: q - k < 3)  # which no config tells of
+    for settings in ({}, {"mask": near}):
+        model = _one_layer("llama")
+        hfp.patch(model, **settings)
+        expected = model(ids, use_cache=False).logits
+        model.model.layers[0].compile(fullgraph=True, backend="eager")
+        assert_close(model(ids, use_cache=False).logits, expected, "logits")
+        logits.append(expected)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
