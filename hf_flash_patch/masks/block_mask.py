@@ -114,16 +114,17 @@ class BlockMask:
         return torch.arange(len(lengths), device=self.device).repeat_interleave(lengths)
 
     def dense(self) -> torch.Tensor:
-        """The mask as bool (batch or 1, heads or 1, seqlen_q, seqlen_k); quadratic memory."""
+        """The mask as bool (batch or 1, heads or 1, seqlen_q, seqlen_k); quadratic memory. Reads
+        nothing."""
         lists, size = self.batch_size * self.num_heads, self.block_size
         rows, columns = -(-self.seqlen_q // size), -(-self.seqlen_k // size)
-        grid = torch.zeros(lists * rows, columns, size, size, dtype=torch.bool, device=self.device)
-        where = self.entry_rows()
-        column, tile = self.row_entries[: len(where)].long().unbind(1)
-        full = tile == FULL_TILE
-        grid[where[full], column[full]] = True
-        grid[where[~full], column[~full]] = unpack_bits(self.tiles)[tile[~full]]
-        grid = grid.view(self.batch_size, self.num_heads, rows, columns, size, size)
+        column, tile = self.row_entries.long().unbind(1)
+        seen = (tile == FULL_TILE)[:, None, None]
+        if len(self.tiles):
+            seen = seen | unpack_bits(self.tiles)[tile.clamp(min=0)]
+        grid = seen.new_zeros(lists * rows + 1, columns, size, size)
+        grid[lines_of(self.row_offsets, len(tile)), column] = seen
+        grid = grid[:-1].view(self.batch_size, self.num_heads, rows, columns, size, size)
         grid = grid.transpose(3, 4).reshape(
             self.batch_size, self.num_heads, rows * size, columns * size
         )
@@ -266,6 +267,20 @@ class BlockMask:
             f"seqlen_k={self.seqlen_k}, block_size={self.block_size}, "
             f"entries={len(self.row_entries)}, tiles={len(self.tiles)}, device={self.device})"
         )
+
+
+def lines_of(offsets: torch.Tensor, entries: int) -> torch.Tensor:
+    """int64 (entries,): the row of each entry, counted over all lists, and one past the last row
+    for entries that mean nothing; reads nothing.
+
+    Args:
+        offsets: row_offsets or, for columns, column_offsets.
+        entries: how many there are.
+    """
+    number = torch.arange(entries, device=offsets.device)
+    starts = offsets[..., :-1].flatten().long()
+    line = torch.searchsorted(starts, number, right=True) - 1
+    return torch.where(number < offsets.flatten()[-1:], line, len(starts))
 
 
 def check_block_size(block_size: int) -> None:

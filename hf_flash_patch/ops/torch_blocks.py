@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from ..masks.bits import unpack_bits
-from ..masks.block_mask import FULL_TILE, BlockMask
+from ..masks.block_mask import FULL_TILE, BlockMask, lines_of
 
 NO_TILE = -2  # of a block in which no pair sees each other
 
@@ -122,13 +122,9 @@ class ListedBlocks:
 
     @cached_property
     def _sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key, row << 32 | column, and tile of all entries, by rising key."""
-        number = torch.arange(len(self.entries), device=self.offsets.device)
-        starts = self.offsets[..., :-1].flatten().long()
-        row = torch.searchsorted(starts, number, right=True) - 1
+        """Key, row << 32 | column, and tile of all entries; by rising key, as far as they count."""
         column, tile = self.entries.long().unbind(1)
-        beyond = number >= self.offsets[-1, -1, -1]
-        return ((row << 32) + column).masked_fill(beyond, 2**63 - 1), tile
+        return (lines_of(self.offsets, len(tile)) << 32) + column, tile
 
     def _bits(self, tile: torch.Tensor) -> torch.Tensor:
         """bool (*tile.shape, block_size, block_size)."""

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from hf_flash_patch import MaskError, masks
 from hf_flash_patch.masks.bits import pack_bits, unpack_bits
@@ -173,6 +174,15 @@ def test_from_dense_and_back():
     assert torch.equal(mask.dense(), seen)
     assert (mask.row_entries[:, 1] == -1).sum() == 1
     assert mask.row_offsets.diff(dim=2)[1, 1, 1] == 0
+
+
+@pytest.mark.parametrize("pattern", [masks.full(), masks.causal() & masks.sinks(3)])
+def test_dense_reads_nothing(pattern):
+    """Of lists on a device: it is part of a forward where a pattern meets a model's own mask."""
+    for mask in (pattern.block_mask(70, 90), masks.BlockMask.from_dense(pattern.dense(70, 90))):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert mask.dense().shape == (1, 1, 70, 90)
+        assert torch.equal(mask.dense(), pattern.dense(70, 90))
 
 
 def test_stack():
