@@ -138,7 +138,10 @@ def parse(text: str) -> Pattern:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError) as error:
         raise MaskError(f"{text!r} is no mask expression: {error}. {_HINT}") from None
-    pattern = _read(tree, text)
+    try:
+        pattern = _read(tree, text)
+    except TypeError as error:  # an operator, of what is no pattern
+        raise MaskError(f"{text!r} is no mask expression: {error}. {_HINT}") from None
     if not isinstance(pattern, Pattern):
         raise MaskError(f"{text!r} is of type {type(pattern).__name__}, no mask. {_HINT}")
     return pattern

@@ -56,6 +56,8 @@ def test_pickled_and_hashed(case):
         "sliding_window(1, 2, 3)",
         "sliding_window(**{})",
         "causal() & 3",
+        "3 | causal()",
+        "~'full()'",
         "[causal()]",
     ],
 )
