@@ -164,7 +164,8 @@ def hfp_attention(
                 f"{type(module).__name__} has a learned position bias and sinks; not both."
             )
         visible = mask.materialise(doc_range)
-        visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
+        if visible.shape[1] > 1:  # heads differ; what is one for all stays one
+            visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], dim=1)
         return _with_learned_bias(query, key, value, bias, visible, options), None
 
     if varlen is not None:
