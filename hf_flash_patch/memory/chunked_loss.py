@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,7 +40,7 @@ def chunked_loss(model: nn.Module, *, chunk: int = CHUNK, backend: str = "auto")
     uses_liger(backend, torch.device("cuda"))  # raises now if it never could
     with changing(model, "chunked_loss") as (root, changes):
         heads = _heads(root)
-        asked = _Asked()
+        asked = _Asked(list(inspect.signature(root.forward).parameters))
         options = {"chunk": chunk, "backend": backend}
         for head in heads:
             changes.replace(head, "forward", partial(_promise, asked, options))
@@ -74,14 +75,20 @@ def _heads(root: Any) -> list[nn.Linear]:
 class _Asked:
     """Whether the call that runs asked for a loss, and whether it got a promise of logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: list[str]):
+        """
+        Args:
+            arguments: names of what the model takes by position.
+        """
+        self._arguments = arguments
         self.loss = self.promised = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Asked:
         return self  # peft copies an output layer alone; the model's hooks go on telling this
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.loss = any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        self.loss = any(given.get(name) is not None for name in ("labels", "shift_labels"))
         self.promised = False
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:

@@ -1,6 +1,7 @@
 """A loss in chunks: the model's own, and logits that are never whole."""
 
 import copy
+import inspect
 import pickle
 import sys
 import types
@@ -54,6 +55,15 @@ def test_an_evaluation_makes_no_gradients(mode, monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", None)
     with mode(), chunked_loss(model, chunk=7):
         torch.testing.assert_close(model(**batch()).loss, expected)
+
+
+def test_labels_by_position():
+    model, ids = model_of("llama"), batch()["input_ids"]
+    expected = model(ids, labels=ids).loss
+    assert list(inspect.signature(model.forward).parameters)[5] == "labels"
+    with chunked_loss(model, chunk=7), Largest(VOCAB_SIZE) as largest:
+        torch.testing.assert_close(model(ids, None, None, None, None, ids).loss, expected)
+    assert largest.rows <= 32
 
 
 def test_number_of_items_and_given_shift():
