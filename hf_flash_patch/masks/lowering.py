@@ -39,8 +39,9 @@ def lower(
     mask = _cache.pop(key, None)  # its place is at the end; another thread may evict it
     if mask is None:
         pattern.check(grid)
-        # What makes tensors below makes them there: a GPU lowers by itself.
-        with torch.device(device):
+        # What makes tensors below makes them there: a GPU lowers by itself. Kept ones have to do
+        # for training, too, where a caller's inference mode made them first.
+        with torch.device(device), torch.inference_mode(False):
             mask = _lower(pattern, grid, heads, num_heads)
     if keep:
         _cache[key] = mask

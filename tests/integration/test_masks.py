@@ -326,6 +326,16 @@ def test_a_mask_for_another_length():
         model(token_ids(2, 31))
 
 
+@pytest.mark.parametrize("name", ["window", "code"])
+def test_training_after_inference_mode(name):
+    model = model_of("llama")
+    hfp.patch(model, mask=PATTERNS[name])
+    ids = token_ids(1, 37)  # lists of this length are made in inference mode, and kept
+    with torch.inference_mode():
+        model(ids)
+    model(ids, labels=ids).loss.backward()
+
+
 def test_compiled():
     model = model_of("llama", num_hidden_layers=1)
     ids = token_ids(2, 40)
