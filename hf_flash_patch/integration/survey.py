@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -69,18 +69,40 @@ def survey(model: nn.Module) -> list[AttentionModule]:
     """Every attention module below `model`, in order."""
     found = []
     for name, module in model.named_modules():
-        cls: Any = type(module)
-        status, reason = _classify(cls)
+        status, reason = _status(module)
         if status == "unsupported" and _holds_served(module):
             continue  # a wrapper around attention modules
         if status:
             found.append(AttentionModule(name, module, status, reason))
-    return found
+    # A config names one attention for all who read it.
+    foreign = {
+        id(entry.config): f"shares its config with a {entry.class_name}, which is not served"
+        for entry in found
+        if entry.status == "unsupported" and entry.config is not None
+    }
+    return [
+        replace(entry, status="unsupported", reason=foreign[id(entry.config)])
+        if entry.status == "served" and id(entry.config) in foreign
+        else entry
+        for entry in found
+    ]
+
+
+def _status(module: nn.Module) -> tuple[str, str]:
+    cls: Any = type(module)
+    status, reason = _classify(cls, cls.forward)
+    replaced = vars(module).get("forward")  # of this module alone
+    if status == "served" and replaced is not None:
+        names = _names_of([_plain(replaced)])
+        if names & _OWN_ATTENTION_NAMES and not names & _INTERFACE_NAMES:
+            return "unsupported", "has a forward of its own, which computes attention itself"
+    if status == "served" and getattr(module, "config", None) is None:
+        return "unsupported", "has no `config`, which would say what attention it calls"
+    return status, reason
 
 
 def _holds_served(module: nn.Module) -> bool:
-    classes: set[Any] = {type(child) for child in module.modules()}
-    return any(_classify(cls)[0] == "served" for cls in classes)
+    return any(_status(child)[0] == "served" for child in module.modules())
 
 
 def calls_us(module: nn.Module) -> bool:
@@ -124,10 +146,11 @@ def pretrained_roots(model: nn.Module) -> list[PreTrainedModel]:
 
 
 @cache
-def _classify(cls: Any) -> tuple[str, str]:
+def _classify(cls: Any, forward: Any) -> tuple[str, str]:
+    """Status and reason of a class whose forward, which others may replace, is this one."""
     if issubclass(cls, PreTrainedModel):
         return "", ""
-    names = set().union(*(_names(function.__code__) for function in _functions(cls)))
+    names = _names_of(_functions(cls))
     if names & _INTERFACE_NAMES:
         if _branches_on_name(cls):
             return (
@@ -135,6 +158,9 @@ def _classify(cls: Any) -> tuple[str, str]:
                 "its forward takes another path for names other than those it knows",
             )
         return "served", ""
+    names = names.union(*(_names_of(_functions(base)) for base in cls.__mro__))
+    if names & _INTERFACE_NAMES:
+        return "unsupported", "overrides the code that calls transformers' AttentionInterface"
     if "attention" not in cls.__name__.lower() or not names & _OWN_ATTENTION_NAMES:
         return "", ""
     if any(part in cls.__name__ for part in NOT_TOKEN_ATTENTION):
@@ -146,16 +172,35 @@ def _classify(cls: Any) -> tuple[str, str]:
 
 
 def _functions(cls: type) -> Iterator[types.FunctionType]:
-    """The functions a module class defines, inherited ones included, without decorators."""
+    """The functions that run in a module of a class, without decorators: its own, and inherited
+    ones that are not overridden, or that the override calls."""
+    hidden: set[str] = set()
     for base in cls.__mro__:
         if base in (nn.Module, object):
             continue
-        for value in vars(base).values():
-            value = getattr(value, "__func__", value)
-            if callable(value):
-                value = inspect.unwrap(value)
-            if isinstance(value, types.FunctionType):
-                yield value
+        for name, value in vars(base).items():
+            function = _plain(value)
+            if not isinstance(function, types.FunctionType) or name in hidden:
+                continue
+            yield function
+            # "__class__" is what super() without arguments refers to.
+            calls_bases = {"__class__"}.union(other.__name__ for other in base.__mro__[1:])
+            code = function.__code__
+            if not calls_bases & {*code.co_freevars, *_names(code)}:
+                hidden.add(name)
+
+
+def _plain(value: Any) -> Any:
+    """A method or a decorated function as the function it is; anything else as it is."""
+    value = getattr(value, "__func__", value)
+    if callable(value):
+        value = inspect.unwrap(value)
+    return getattr(value, "__func__", value)
+
+
+def _names_of(functions: Iterable[Any]) -> set[str]:
+    codes = (f.__code__ for f in functions if isinstance(f, types.FunctionType))
+    return set().union(*map(_names, codes))
 
 
 @cache

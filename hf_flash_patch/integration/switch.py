@@ -40,11 +40,7 @@ def switch(
     for config, state in states.values():
         undo.callback(_set_state, config, state)
     foreign = {id(module.config) for module in modules if module.status == "unsupported"}
-    served = [
-        module
-        for module in modules
-        if module.status == "served" and id(module.config) not in foreign
-    ]
+    served = [module for module in modules if module.status == "served"]
     if served:
         with quiet_transformers():
             root.set_attn_implementation(ATTENTION_NAME)

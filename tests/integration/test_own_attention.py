@@ -1,6 +1,9 @@
 """Attention that is not ours beside attention that is: masks that both are given, and modules whose
 arguments mean something else."""
 
+import functools
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -130,3 +133,51 @@ def test_torchs_own_module_is_named_for_what_it_is():
     patch = hfp.patch(BridgeTowerModel._from_config(config, attn_implementation="eager"))
     (row,) = [r for r in patch.to_dict()["modules"] if r["class_name"] == "MultiheadAttention"]
     assert row["after"] == "own" and row["reason"].startswith("torch's own module")
+
+
+def attends_by_itself(self, hidden_states, **others):
+    q, k, v = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+    repeats = q.shape[-1] // k.shape[-1]
+    k, v = k.repeat(1, 1, repeats), v.repeat(1, 1, repeats)
+    return self.o_proj((q @ k.mT).softmax(dim=-1) @ v), None
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("class", "OwnAttention overrides the code that calls"),
+        ("module", "LlamaAttention has a forward of its own"),
+        ("no config", "LlamaAttention has no `config`"),
+    ],
+)
+def test_modules_of_ones_own_are_judged_by_what_runs(how, reason):
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    module = model.model.layers[1].self_attn
+    hfp.patch(model).restore()
+    if how == "class":
+        module.__class__ = type("OwnAttention", (type(module),), {"forward": attends_by_itself})
+    elif how == "module":
+        module.forward = types.MethodType(attends_by_itself, module)
+    else:
+        del module.config
+    with pytest.raises(hfp.UnsupportedModelError, match=reason):
+        hfp.patch(model)
+    others = "hfp" if how == "no config" else "own"
+    with pytest.warns(UserWarning, match=reason):
+        rows = hfp.patch(model, strict=False).reports[0].modules
+    assert sorted(row.after for row in rows) == sorted((others, "own"))
+    # One config cannot name two attentions.
+    assert others == "hfp" or any("shares its config with" in row.reason for row in rows)
+
+
+def test_a_subclass_that_calls_its_base_is_served():
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    module = model.model.layers[1].self_attn
+
+    class Logged(type(module)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    module.__class__ = Logged
+    module.forward = functools.wraps(module.forward)(functools.partial(module.forward))
+    assert {row.after for row in hfp.patch(model).reports[0].modules} == {"hfp"}
