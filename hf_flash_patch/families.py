@@ -223,6 +223,9 @@ _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in fa
 # a model that otherwise goes through AttentionInterface keeps them as they are.
 NOT_TOKEN_ATTENTION = ("Pool", "Deformable", "AttentionMap")
 
+# Models with attention of their own that do other things to eager's mask than adding it to scores.
+EAGER_MASK = ("informer", "longformer", "mpt", "mra")
+
 # Modules whose position_ids are a time axis, on which an image stands still: no new document.
 TIME_AXIS_ATTENTION = ("Cosmos3EdgeTextAttention",)
 

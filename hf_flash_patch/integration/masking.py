@@ -19,10 +19,12 @@ from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
     causal_mask_function,
+    eager_mask,
     sdpa_mask,
 )
 
 from ..errors import ParallelError
+from ..families import EAGER_MASK
 from ..masks.block_mask import BlockMask
 from ..ops.padding import pack_key_padding
 from . import packing
@@ -47,9 +49,9 @@ def hfp_mask(
     config: Any = None,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> AttentionMask:
-    """The mask function registered with transformers; never returns None, so that a mask cannot be
-    lost.
+) -> AttentionMask | torch.Tensor | None:
+    """The mask function registered with transformers; what it returns is never None, so that a mask
+    cannot be lost, but eager attention's own for models in `families.EAGER_MASK`.
 
     Args:
         batch_size, q_length, kv_length: sizes of the attention.
@@ -66,7 +68,7 @@ def hfp_mask(
     """
     if isinstance(attention_mask, AttentionMask):
         return attention_mask
-    request = {
+    request: dict[str, Any] = {
         "batch_size": batch_size,
         "q_length": q_length,
         "kv_length": kv_length,
@@ -77,6 +79,8 @@ def hfp_mask(
         "use_vmap": use_vmap,
         "device": device,
     }
+    if getattr(config, "model_type", "") in EAGER_MASK:
+        return eager_mask(**request, **kwargs)
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     pattern = _read(request, local_size, bidirectional, config)
     sequence = whole_sequence()

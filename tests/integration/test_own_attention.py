@@ -4,17 +4,19 @@ arguments mean something else."""
 import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     BridgeTowerConfig,
     BridgeTowerModel,
     GitConfig,
     GitForCausalLM,
-    MptConfig,
-    MptForCausalLM,
+    InformerConfig,
+    InformerModel,
 )
 from transformers.masking_utils import sliding_window_causal_mask_function
 
@@ -36,11 +38,43 @@ def test_a_model_that_computes_attention_itself_adds_our_mask(model_type, kind):
         assert_close(model(**inputs).logits[real], expected, "logits")
 
 
-def test_a_model_that_wants_the_opposite_of_our_mask_is_told_so():
-    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB_SIZE, max_seq_len=64)
-    model = MptForCausalLM._from_config(config, attn_implementation="hfp")
-    with pytest.raises(hfp.UnsupportedModelError, match="converts its mask to torch.bool"):
-        model(token_ids())
+@pytest.mark.parametrize("kind", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("longformer", {"attention_window": [4, 4]}), ("mpt", {}), ("mra", {})],
+)
+def test_a_model_that_does_more_with_its_mask_gets_eagers(model_type, sizes, kind):
+    model = tiny_model(AutoModel, model_type, **sizes)
+    inputs = {"input_ids": token_ids(), "attention_mask": padding(kind)}
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        model.config._attn_implementation = "hfp"
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+def test_informer_beside_attention_that_is_not_ours():
+    sizes = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    lengths = {"context_length": 8, "prediction_length": 4, "lags_sequence": [1, 2]}
+    config = InformerConfig(num_time_features=1, num_parallel_samples=1, **sizes, **lengths)
+    torch.manual_seed(0)
+    model = InformerModel._from_config(config, attn_implementation="eager").eval()
+    past, future = torch.randn(2, 10, 2), torch.randn(2, 4, 2)
+
+    def forward():
+        np.random.seed(0)
+        torch.manual_seed(0)  # ProbSparse attention samples keys
+        return model(
+            past_values=past[..., 0],
+            past_time_features=past[..., 1:],
+            past_observed_mask=torch.ones(2, 10),
+            future_values=future[..., 0],
+            future_time_features=future[..., 1:],
+        ).last_hidden_state
+
+    with torch.no_grad():
+        expected = forward()
+        with pytest.warns(UserWarning, match="4 modules keep"), hfp.patched(model, strict=False):
+            assert_close(forward(), expected, "hidden states")
 
 
 def test_a_mask_becomes_what_eager_attention_adds():
@@ -51,6 +85,8 @@ def test_a_mask_becomes_what_eager_attention_adds():
     assert not added[visible].any()
     assert (added[~visible] == torch.finfo(torch.bfloat16).min).all()
     assert torch.equal(mask.to("cpu", torch.float32), mask.to(dtype=torch.float32))
+    with pytest.raises(hfp.UnsupportedModelError, match="converts its mask to torch.bool"):
+        mask.to(torch.bool)
     assert mask.to() is mask and mask.to(device="cpu").shape == mask.shape
     scores = torch.randn(2, 3, 5, 5)
     assert torch.equal(scores + mask, scores + mask.to(torch.float32))
