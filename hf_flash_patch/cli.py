@@ -32,7 +32,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _extend(arguments: argparse.Namespace) -> int:
     try:
         extend.run(arguments, print)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"hfp extend: {error}", file=sys.stderr)
         return 1
     return 0

@@ -10,12 +10,24 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import cached_file
 
 from ..errors import ContextExtensionError
 from . import scaling, tables
 from .extend import extend_context
 
 DESCRIPTION = "extend the maximum context of a checkpoint; stock transformers loads the result"
+
+# A tokenizer of any class has one of these; what transformers saves has the first.
+_TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +59,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], Any]) -> None:
     Raises:
         ContextExtensionError: as `extend_context`, or the folder to write has something in it.
         OSError: the checkpoint cannot be read, or the folder cannot be written.
+        ImportError: its tokenizer needs a package that is not installed.
     """
     out = arguments.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -78,10 +91,17 @@ def _model_class(path: str) -> Any:
 
 
 def _tokenizer(path: str) -> Any:
+    """The checkpoint's; None where it has no file of one: transformers would make up an empty
+    one."""
+    has_one = any(_has(path, name) for name in _TOKENIZER_FILES)
+    return AutoTokenizer.from_pretrained(path) if has_one else None
+
+
+def _has(path: str, name: str) -> bool:
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
-        return None  # a checkpoint without one
+        return cached_file(path, name) is not None
+    except OSError:
+        return False
 
 
 def _rope(given: str) -> str | dict[str, Any]:

@@ -36,7 +36,10 @@ def test_keeps_the_head_and_takes_a_dict(llama, tmp_path, capsys):
     ).save_pretrained(bert)
     out = tmp_path / "out"
     command = ["extend", str(bert), "--max-length", "128", "--positions", "tile", "--out", str(out)]
-    assert main(command) == 0 and "(tile)" in capsys.readouterr().out
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "(tile)" in said and "tokenizer" not in said  # it has none
+    assert not list(out.glob("tokenizer*"))
     assert BertForMaskedLM.from_pretrained(out)(token_ids(1, 128)).logits.shape == (1, 128, 99)
     rope = '{"rope_type": "linear", "factor": 8}'
     command = ["extend", str(llama), "--max-length", "256", "--rope", rope, "--out", f"{out}2"]
