@@ -242,7 +242,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 def _nothing_to_undo(model: nn.Module) -> str:
     text = f"{type(model).__name__} is not patched; nothing to undo."
-    if not any(config._attn_implementation == ATTENTION_NAME for config in configs_of(model)):
+    configs = configs_of(model) if isinstance(model, nn.Module) else []
+    if not any(config._attn_implementation == ATTENTION_NAME for config in configs):
         return text
     for other, applied in list(_patched.items()):
         if any(module is model for module in other.modules()):

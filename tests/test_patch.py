@@ -235,6 +235,8 @@ def test_what_is_not_a_model_is_refused():
         hfp.patch(torch.nn.Linear(2, 2))
     with pytest.raises(hfp.UnsupportedModelError, match="str is not a transformers .* is loaded"):
         hfp.patch("a/checkpoint")
+    with pytest.raises(hfp.UnsupportedModelError, match="str is not patched"):
+        hfp.unpatch("a/checkpoint")
 
 
 def test_wrappers_are_looked_through(llama):
@@ -457,6 +459,7 @@ def test_meta_device():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
     assert "on meta" in str(hfp.patch(model))
+    assert model(token_ids().to("meta")).logits.shape == (2, 12, 99)
 
 
 def test_transformers_verbosity_is_left_alone(llama):

@@ -19,7 +19,7 @@ def to_compute_dtype(
         return query, key, value
     device_type = query.device.type
     target: torch.dtype | None
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         target = torch.get_autocast_dtype(device_type)
     else:
         target = _weight_dtype(module)

@@ -21,8 +21,8 @@ def ranges_from_boundaries(boundary: torch.Tensor) -> torch.Tensor:
     seqlen = boundary.shape[1]
     index = torch.arange(seqlen, device=boundary.device).expand_as(boundary)
     start = torch.where(boundary, index, 0).cummax(dim=1).values
-    next_start = F.pad(torch.where(boundary, index, seqlen)[:, 1:], (0, 1), value=seqlen)
-    stop = next_start.flip(1).cummin(dim=1).values.flip(1)
+    last = F.pad(boundary[:, 1:], (0, 1), value=True)
+    stop = torch.where(last, index + 1, seqlen).flip(1).cummin(dim=1).values.flip(1)
     return torch.stack((start, stop), dim=-1).int()
 
 

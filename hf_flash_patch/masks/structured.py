@@ -319,7 +319,13 @@ class MaskMod(Pattern):
             torch.full((), x, dtype=torch.int64, device=k.device)
             for x in (self.sequence, self.head)
         )
-        return self.function(b, h, q, k).bool()
+        seen = self.function(b, h, q, k)
+        if not isinstance(seen, torch.Tensor):
+            raise MaskError(
+                f"a mask_mod returned a {type(seen).__name__}; it has to return a bool tensor, "
+                "made from its q and k, as FlexAttention's do: q >= k, say."
+            )
+        return seen.bool()
 
 
 def bigbird(window: int, random: int, global_: int, seed: int = 0, *, block: int = 64) -> Pattern:

@@ -39,9 +39,10 @@ def pack_key_padding(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     start = torch.minimum(torch.where(mask, index, seqlen_k).amin(dim=1), stop)
     key_range = torch.stack((start, stop), dim=1).int()
 
-    padded = torch.nn.functional.pad(mask, (0, -seqlen_k % WORD_BITS), value=True)
+    count = -(-seqlen_k // WORD_BITS)
+    padded = torch.nn.functional.pad(mask, (0, count * WORD_BITS - seqlen_k), value=True)
     bit = torch.arange(WORD_BITS, device=mask.device)
-    words = (padded.view(batch, -1, WORD_BITS).long() << bit).sum(dim=2)
+    words = (padded.view(batch, count, WORD_BITS).long() << bit).sum(dim=2)
     # Two's complement: the word's 32 bits, read as a signed number.
     words = torch.where(words >= 2**31, words - 2**32, words)
     return key_range, words.int()

@@ -32,6 +32,26 @@ def _compiled(model):
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_exported_for_other_lengths(family):
+    model = _one_layer(family)
+    model.config.use_cache = False
+    batch, seqlen = torch.export.Dim("batch", min=2), torch.export.Dim("seqlen", min=33, max=64)
+    hfp.patch(model)
+
+    def inputs(size, length):
+        real = torch.ones(size, length, dtype=torch.long)
+        real[0, :-3] = family == "llama"  # which tells documents by positions, so without a mask
+        ids = token_ids(size, length)
+        return (ids,) if family == "llama" else (ids, real)
+
+    example = inputs(2, 40)
+    shapes = tuple({0: batch, 1: seqlen} for _ in example)
+    exported = torch.export.export(model, example, dynamic_shapes=shapes).module()
+    other = inputs(3, 50)
+    assert_close(exported(*other).logits, model(*other).logits, "logits")
+
+
 def _one_layer(family, **overrides):
     """Compiling takes time by the layer."""
     overrides |= {"n_layer": 1} if family == "gpt2" else {}

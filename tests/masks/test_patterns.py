@@ -251,6 +251,10 @@ def test_from_dense_of_nothing(shape):
         (lambda: masks.from_block_layout(torch.ones(3, 3), 64), "has to be bool"),
         (lambda: masks.from_block_layout(torch.ones(4, 3).bool(), 64), "4 rows and 3 columns"),
         (lambda: masks.from_mask_mod(3), "takes a function"),
+        (
+            lambda: masks.from_mask_mod(lambda b, h, q, k: True).block_mask(9),
+            "mask_mod returned a bool",
+        ),
         (lambda: masks.from_flex(3), "from_flex got a int"),
         (lambda: masks.causal() & 3, "a pattern & a int"),
         (lambda: masks.causal().block_mask(64, block_size=48), "block_size is 48"),
