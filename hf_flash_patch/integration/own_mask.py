@@ -28,7 +28,8 @@ def made_once(
     of = (mask._version, purpose)
     known = _made.get(mask)
     if known is None or known[0] != of:
-        known = _made[mask] = (of, make())
+        with torch.inference_mode(False):  # what is kept has to do for training, too
+            known = _made[mask] = (of, make())
     return known[1]
 
 

@@ -29,7 +29,8 @@ def part_of(
     name = tuple((s.start, s.stop) for s in (heads, rows, keys))
     parts = _kept.setdefault(mask, {})
     if name not in parts:
-        parts[name] = _part(mask, heads, rows, keys)
+        with torch.inference_mode(False):  # what is kept has to do for training, too
+            parts[name] = _part(mask, heads, rows, keys)
     return parts[name]
 
 

@@ -107,6 +107,14 @@ def test_bool_mask_becomes_lists_once(monkeypatch):
         assert_close(second, logits(), "a mask that has changed")
 
 
+def test_training_under_a_mask_that_inference_mode_saw_first():
+    model, mask, ids = tiny_model(AutoModelForCausalLM, "llama"), _random_mask(12, 12), token_ids()
+    hfp.patch(model)
+    with torch.inference_mode():
+        model(ids, attention_mask=mask)
+    model(ids, attention_mask=mask, labels=ids).loss.backward()
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_bool_mask_of_one_query(heads):
     """In decode: bits of keys, if all heads have the same."""

@@ -262,7 +262,9 @@ def test_parts_of_a_mask(name):
     whole = mask.dense()
     for rows in (slice(0, 128), slice(64, 300)):
         for keys in (slice(0, 192), slice(256, 300), slice(None)):
-            part = part_of(mask, rows=rows, keys=keys)
+            with torch.inference_mode():
+                part = part_of(mask, rows=rows, keys=keys)
+            assert not any(x.is_inference() for x in part.tensors())  # kept, for training too
             part.verify()
             assert torch.equal(part.dense(), whole[:, :, rows, keys])
             assert part_of(mask, rows=rows, keys=keys) is part
