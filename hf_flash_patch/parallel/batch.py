@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ from ..errors import ParallelError
 from ..families import family_of
 from ..integration import packing
 from ..integration.sharing import WholeSequence
+from .agreement import Fact, check_agreement, device_of
 from .groups import Groups
 from .layout import Layout
 
@@ -24,7 +24,7 @@ _DIVIDED = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "att
 _LABELS = ("labels", "shift_labels")
 _OF_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _REFUSED = {
-    "past_key_values": "a cache holds whole sequences",
+    "past_key_values": "a cache holds whole sequences; restore() this before generate()",
     "output_router_logits": "a router's loss is a mean over a part of the tokens",
 }
 
@@ -53,6 +53,8 @@ def divided(
     layout: Callable[[int], Layout],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    settings: dict[str, Fact],
+    problem: Exception | None,
 ) -> tuple[Batch, dict[str, Any]]:
     """What of a call's arguments is this process's.
 
@@ -61,22 +63,36 @@ def divided(
         groups: the processes that share the call's sequences.
         layout: of so many tokens.
         args, kwargs: of the call, whole and equal on every process.
+        settings: what else has to be equal, by name.
+        problem: why this process cannot make the call.
 
     Returns:
         what the call is about, and keyword arguments for this process.
 
     Raises:
-        ParallelError: the processes were given different batches, the length does not divide, or
-            an argument cannot be divided. On every process, before anything else is sent.
+        ParallelError: the processes were given different batches or settings, the length does not
+            divide, or an argument cannot be divided. On every process, before anything else is
+            sent; so does an exception that one of them has of its own.
     """
-    kwargs = _by_name(root, args, kwargs)
+    try:
+        kwargs = _by_name(root, args, kwargs)
+    except (ParallelError, TypeError) as error:
+        problem, kwargs = problem or error, {}
     tensors: dict[str, torch.Tensor] = {
         name: kwargs[name] for name in (*_DIVIDED, *_LABELS) if kwargs.get(name) is not None
     }
     tokens = tensors.get("input_ids", tensors.get("inputs_embeds"))
     shape = (0, 0) if tokens is None else tuple(tokens.shape[:2])
-    _check_agreement(groups, tensors, shape)
-    _check(root, groups, kwargs, tensors, shape)
+    try:
+        _check(root, groups, kwargs, tensors, shape)
+    except ParallelError as error:
+        problem = problem or error
+    batches: dict[str, Fact] = {"batch size": shape[0], "length": shape[1]}
+    batches["gradients wanted"] = torch.is_grad_enabled()
+    compared = (*_DIVIDED, *_LABELS, *_OF_DOCUMENTS, "num_items_in_batch")
+    batches |= {name: kwargs.get(name) for name in compared}
+    device = device_of(root, groups.all)
+    check_agreement(groups.all, device, {"batches": batches, "settings": settings}, problem)
     assert tokens is not None
 
     seqlen = shape[1]
@@ -116,37 +132,6 @@ def _by_name(
         elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(parameter.name, ()):
             raise ParallelError("pass what the model is called with by name.")
     return bound
-
-
-def _check_agreement(
-    groups: Groups, tensors: dict[str, torch.Tensor], shape: tuple[int, ...]
-) -> None:
-    """Raise, on every process, where any was given another batch: it would never return."""
-    names = [*_DIVIDED, *_LABELS]
-    facts = ["batch size", "length", "gradients wanted", *names]
-    device = next((x.device for x in tensors.values()), torch.device("cpu"))
-    numbers = torch.tensor([*shape, torch.is_grad_enabled()], device=device)
-    sums = torch.stack([_checksum(tensors.get(name), device) for name in names])
-    mine = torch.cat((numbers, sums))
-    most = groups.reduce(torch.stack((mine, -mine)), dist.ReduceOp.MAX)
-    same = (most[0] == -most[1]).tolist()
-    if not all(same):
-        differ = ", ".join(fact for fact, equal in zip(facts, same, strict=True) if not equal)
-        raise ParallelError(
-            f"the processes that share a sequence were given different batches ({differ}); give "
-            "all of them the same: with accelerate, by cp_size in its parallelism_config."
-        )
-
-
-def _checksum(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """int64, of values and their places; of floats (embeddings), that they are there."""
-    if tensor is None:
-        return torch.zeros((), dtype=torch.int64, device=device)
-    if tensor.is_floating_point():
-        return torch.ones((), dtype=torch.int64, device=device)
-    values = tensor.to(device, torch.int64).flatten()
-    weights = torch.arange(1, len(values) + 1, device=device) * 0x9E3779B97F4A7
-    return ((values + 1) * weights).sum() >> 1  # so that its negative exists
 
 
 def _check(

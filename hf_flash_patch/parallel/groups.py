@@ -42,6 +42,11 @@ class Groups:
         return 1 if self.ulysses is None else dist.get_world_size(self.ulysses)
 
     @property
+    def all(self) -> list[dist.ProcessGroup]:
+        """Those there are."""
+        return [group for group in (self.ulysses, self.ring) if group is not None]
+
+    @property
     def size(self) -> int:
         """Processes that share a sequence."""
         return self.ring_size * self.ulysses_size
@@ -74,9 +79,8 @@ class Groups:
 
     def reduce(self, tensor: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
         """Of the tensors of all processes that share a sequence; in place."""
-        for group in (self.ulysses, self.ring):
-            if group is not None:
-                dist.all_reduce(tensor, operation, group=group)
+        for group in self.all:
+            dist.all_reduce(tensor, operation, group=group)
         return tensor
 
     def __str__(self) -> str:
@@ -85,6 +89,24 @@ class Groups:
         if self.ulysses is None:
             return f"a ring of {self.size} processes"
         return f"a ring of {self.ring_size} times {self.ulysses_size} processes that exchange heads"
+
+
+def members(group: Group) -> list[dist.ProcessGroup]:
+    """The process groups of a group or a mesh; None is all processes.
+
+    Raises:
+        ParallelError: torch.distributed is not initialised.
+    """
+    if not dist.is_initialized():
+        raise ParallelError(
+            "torch.distributed is not initialised; start with torchrun or accelerate launch, and "
+            "call init_process_group (or make an Accelerator) first."
+        )
+    if isinstance(group, DeviceMesh):
+        return [group.get_group(i) for i in range(group.ndim)]
+    whole = group or dist.group.WORLD
+    assert whole is not None
+    return [whole]
 
 
 def groups_of(group: Group, method: str, num_heads: int, num_heads_k: int) -> Groups:
@@ -102,20 +124,12 @@ def groups_of(group: Group, method: str, num_heads: int, num_heads_k: int) -> Gr
     """
     if method not in METHODS:
         raise ParallelError(f"method is {method!r}; it has to be one of {', '.join(METHODS)}.")
-    if not dist.is_initialized():
-        raise ParallelError(
-            "torch.distributed is not initialised; start with torchrun or accelerate launch, and "
-            "call init_process_group (or make an Accelerator) first."
-        )
-    if isinstance(group, DeviceMesh) and group.ndim == 2:
+    whole, *second = members(group)
+    if second:
         if method not in ("auto", "both"):
             raise ParallelError(f'a mesh of two dimensions is for "both", not for {method!r}.')
-        check_heads(num_heads, num_heads_k, group.size(1))
-        return Groups(group.get_group(0), group.get_group(1))
-    if isinstance(group, DeviceMesh):
-        group = group.get_group()
-    whole = group or dist.group.WORLD
-    assert whole is not None
+        check_heads(num_heads, num_heads_k, dist.get_world_size(second[0]))
+        return Groups(whole, second[0])
     size = dist.get_world_size(whole)
     fits = [
         n

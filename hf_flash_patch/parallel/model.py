@@ -9,21 +9,24 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import ParallelError
+from ..errors import MaskError, ParallelError
 from ..families import family_of
 from ..integration.assignment import heads_of, is_cross
 from ..integration.attention_mask import AttentionMask
 from ..integration.sharing import SHARE_ATTRIBUTE, set_whole_sequence, share_of
+from ..integration.sparse import pattern_of
 from ..integration.survey import calls_us, pretrained_roots, survey
 from ..integration.wrappers import compiled_or_sharded
 from ..masks.pattern import Pattern
+from .agreement import Fact, check_agreement, device_of
 from .attend import attend
 from .batch import divided
 from .costs import BLOCK_SIZE, Costs
-from .groups import Group, Groups, groups_of
+from .groups import Group, Groups, groups_of, members
 from .layout import Layout, balanced
 from .loss import Loss
 
@@ -54,8 +57,28 @@ def sequence_parallel(
 
     Raises:
         ParallelError: the model is not patched as a whole, mixes tokens in other ways than
-            attention, or its heads do not divide. The model is as it was.
+            attention, or its heads do not divide; or this, or what was given, is so on other
+            processes. The model is as it was.
     """
+    found, problem = None, None
+    about: dict[str, Fact] = {"method": method, "model": None, "masks": None}
+    try:
+        root, modules = found = _shareable(model)
+        about |= {"model": _name(root, modules), "masks": _masks([pattern_of(m) for m in modules])}
+    except ParallelError as error:
+        if not dist.is_initialized():
+            raise
+        problem = error
+    every = members(group)
+    check_agreement(every, device_of(model, every), {"settings": about}, problem)
+    assert found is not None
+    root, modules = found
+    heads, heads_k = _heads(root, modules)
+    return SequenceParallel(root, modules, groups_of(group, method, heads, heads_k))
+
+
+def _shareable(model: nn.Module) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The transformers model in a model, and its attention modules."""
     roots = pretrained_roots(model)
     if len(roots) != 1:
         raise ParallelError(
@@ -65,12 +88,30 @@ def sequence_parallel(
     for where, what in compiled_or_sharded(model):
         if what == "compiled":
             raise ParallelError(f"{where} is compiled; share its sequences before that.")
-    root = roots[0]
-    modules = _attention_of(root)
+    return roots[0], _attention_of(roots[0])
+
+
+def _heads(root: PreTrainedModel, modules: list[nn.Module]) -> tuple[int, int]:
     config = root.config.get_text_config()
     heads = heads_of(modules[0]) or config.num_attention_heads
-    heads_k = getattr(config, "num_key_value_heads", None) or heads
-    return SequenceParallel(root, modules, groups_of(group, method, heads, heads_k))
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _name(root: PreTrainedModel, modules: list[nn.Module]) -> str:
+    """What processes have to have in common for their calls to fit together."""
+    return f"{type(root).__name__}, {len(modules)} layers of {_heads(root, modules)} heads"
+
+
+def _masks(patterns: list[Pattern | None]) -> str:
+    """Likewise; patterns that are code are all the same to this."""
+    texts: dict[Pattern, str] = {}
+    for pattern in patterns:
+        if pattern is not None and pattern not in texts:
+            try:
+                texts[pattern] = str(pattern)
+            except MaskError:
+                texts[pattern] = type(pattern).__name__
+    return "; ".join("none" if pattern is None else texts[pattern] for pattern in patterns)
 
 
 def _attention_of(root: PreTrainedModel) -> list[nn.Module]:
@@ -116,6 +157,8 @@ class SequenceParallel:
         self._root, self._modules = weakref.ref(root), [weakref.ref(m) for m in modules]
         self._costs = Costs(root, modules)
         self._layouts: dict[int, Layout] = {}
+        self._patterns: list[Pattern | None] = []
+        self._masks = ""
         self._loss = Loss(root, groups)
         with contextlib.ExitStack() as undo:
             for module in modules:
@@ -183,17 +226,33 @@ class SequenceParallel:
     def _enter(
         self, root: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        for reference in self._modules:
-            module = reference()
-            if module is not None and not calls_us(module):
-                raise ParallelError(
+        living = (reference() for reference in self._modules)
+        modules = [module for module in living if module is not None]
+        problem = None
+        for module in modules:
+            if not calls_us(module):
+                problem = ParallelError(
                     f"{type(module).__name__} no longer calls us, and would see a part of the "
                     "sequence only: restore() this before the patch."
                 )
-        batch, kwargs = divided(root, self.groups, self._layout, args, kwargs)
+        settings = self._settings(root, [pattern_of(module) for module in modules])
+        batch, kwargs = divided(root, self.groups, self._layout, args, kwargs, settings, problem)
         self._loss.begin(batch)
         set_whole_sequence(batch.sequence)
         return (), kwargs
+
+    def _settings(self, root: PreTrainedModel, patterns: list[Pattern | None]) -> dict[str, Fact]:
+        """What processes may differ in, and then wait for each other for ever."""
+        same = len(patterns) == len(self._patterns)
+        if not same or any(a is not b for a, b in zip(patterns, self._patterns, strict=True)):
+            self._patterns, self._masks = patterns, _masks(patterns)  # texts of documents are long
+        kind = root.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return {
+            "training mode": root.training,
+            "dtype": f"{root.dtype}, autocast {cast}",
+            "masks": self._masks,
+        }
 
     @torch.compiler.disable
     def _leave(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

@@ -239,6 +239,74 @@ def test_the_handle():
     assert all(run(4, check_the_handle))
 
 
+def differ():
+    """What the second process does otherwise, each time."""
+    rank, _ = start()
+    model, inputs = model_of("causal")
+    share = hfp.parallel.sequence_parallel
+    said = []
+
+    def expect(function, *arguments, **options):
+        try:
+            function(*arguments, **options)
+            said.append("nothing")
+        except (ParallelError, TypeError) as error:
+            said.append(str(error))
+
+    expect(share, model, method="ulysses" if rank else "ring")
+    if rank:
+        hfp.unpatch(model)
+    expect(share, model)
+    if rank:
+        hfp.patch(model, mask=WINDOW)
+    expect(share, model)
+    if rank:
+        hfp.unpatch(model)
+        hfp.patch(model)
+    sp = share(model, method="ring")
+    expect(model.train(rank == 0), **inputs)
+    model.eval()
+    expect(model.to(torch.bfloat16 if rank else torch.float32), **inputs)
+    model.to(torch.float32)
+    expect(model, **inputs, **({"output_router_logits": True} if rank else {}))
+    expect(model, **inputs, num_items_in_batch=torch.tensor(40 + rank))
+    expect(model, **inputs, cu_seq_lens_q=torch.tensor([0, 30 + rank, SEQLEN]))
+    if rank:
+        expect(model, inputs["input_ids"], None, None, None, None, None, None, None, None, None)
+    else:
+        expect(model, **inputs)
+    if rank:
+        hfp.unpatch(model)
+        hfp.patch(model, mask=WINDOW)
+    expect(model, **inputs)
+    if rank:
+        hfp.unpatch(model)
+    expect(model, **inputs)
+    sp.restore()
+    return said
+
+
+def test_processes_that_differ():
+    """All of them say so, or that another one does; none waits."""
+    other = "another of the processes that share a sequence cannot go on"
+    expected = [
+        ("settings (method)",) * 2,
+        (other, "patch(model) first"),
+        ("settings (masks)",) * 2,
+        ("settings (training mode)",) * 2,
+        ("settings (dtype)",) * 2,
+        (other, "called with output_router_logits"),
+        ("batches (num_items_in_batch)",) * 2,
+        ("batches (cu_seq_lens_q)",) * 2,
+        (other, "too many positional arguments"),
+        ("settings (masks)",) * 2,
+        (other, "no longer calls us"),
+    ]
+    for rank, said in enumerate(run(2, differ)):
+        for texts, error in zip(expected, said, strict=True):
+            assert texts[rank] in error
+
+
 def errors():
     rank, size = start()
     model, inputs = model_of("causal")
