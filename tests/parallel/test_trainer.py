@@ -29,6 +29,13 @@ def of_length(collator):
     return collate
 
 
+def counted(predicted):
+    """Tokens that were asked for, and those predicted right."""
+    labels = torch.from_numpy(predicted.label_ids)[:, 1:]
+    right = torch.from_numpy(predicted.predictions)[:, :-1].argmax(-1) == labels
+    return {"asked": int((labels != corpus.IGNORED).sum()), "right": int(right.sum())}
+
+
 # Model, collator, memory techniques.
 RUNS = {
     "llama": ("llama", of_length(corpus.padded), False),
@@ -38,7 +45,7 @@ RUNS = {
 
 
 def learn(name, folder, processes=1, method="auto"):
-    """Losses of some steps, and the evaluation after them."""
+    """Losses of some steps, and the evaluation after them, whose last batch is not full."""
     torch.set_num_threads(1)
     family, collator, techniques = RUNS[name]
     model = corpus.model_of(family)
@@ -50,12 +57,15 @@ def learn(name, folder, processes=1, method="auto"):
     more = {"max_steps": STEPS, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
     if processes > 1:
         more["parallelism_config"] = ParallelismConfig(cp_size=processes)
-    trainer = corpus.trainer_of(model, folder, collator, prediction_loss_only=True, **more)
+    more["per_device_eval_batch_size"] = 4
+    trainer = corpus.trainer_of(model, folder, collator, **more)
+    trainer.compute_metrics = None if techniques else counted
     if processes > 1:
         hfp.parallel.share_in_trainer(trainer, method=method)
     trainer.train()
-    rows = corpus.documents(8)
-    return corpus.curve(trainer).tolist(), trainer.evaluate(rows)["eval_loss"]
+    found = trainer.evaluate(corpus.documents(7))
+    counts = [found["eval_" + name] for name in (() if techniques else ("asked", "right"))]
+    return corpus.curve(trainer).tolist(), [found["eval_loss"], *counts]
 
 
 def by_hand(processes=2):
@@ -68,6 +78,9 @@ def by_hand(processes=2):
         hfp.parallel.share_in_accelerator(accelerator, model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model, _ = accelerator.prepare(model, optimizer)
+        assert accelerator.gather_for_metrics({"row": torch.ones(3)})["row"].tolist() == [1, 1, 1]
+        assert accelerator.gather_for_metrics([{"row": "a"}, {"row": "b"}])[-1] == {"row": "b"}
+        assert accelerator.gather_for_metrics(["a", "b"], use_gather_object=True) == ["a", "b"]
     return model(**batch).loss.item()
 
 
@@ -87,7 +100,18 @@ def test_learns_as_one_process_does(tmp_path):
             ("llama", "llama", "gpt2", "llama"), found, strict=True
         ):
             assert curve == pytest.approx(expected[name][0], rel=1e-4)
-            assert evaluated == pytest.approx(expected[name][1], rel=1e-4)
+            assert evaluated == pytest.approx(expected[name][1][: len(evaluated)], rel=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["label_smoothing_factor", "compute_loss_func"])
+def test_losses_of_whole_rows(tmp_path, setting):
+    model = corpus.model_of("llama")
+    with hfp.patched(model):
+        more = {setting: 0.1} if setting == "label_smoothing_factor" else {}
+        trainer = corpus.trainer_of(model, tmp_path, **more)
+        trainer.compute_loss_func = None if more else counted
+        with pytest.raises(ParallelError, match=f"{setting} computes the loss of whole rows"):
+            hfp.parallel.share_in_trainer(trainer)
 
 
 def test_one_process_shares_nothing(tmp_path):
