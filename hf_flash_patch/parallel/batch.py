@@ -39,12 +39,14 @@ class Batch:
             causal language model; None without labels.
         labels: int (batch, seqlen / n) or None.
         num_items: what the caller passed as num_items_in_batch.
+        scored: the model is one of trl, whose forward takes shift_labels and scores each token.
     """
 
     sequence: WholeSequence
     labels: torch.Tensor | None
     shift_labels: torch.Tensor | None
     num_items: Any
+    scored: bool = False
 
 
 def divided(
@@ -113,7 +115,11 @@ def divided(
     shift_labels = parts.pop("shift_labels", None)
     if shift_labels is not None and "labels" not in parts:
         parts["labels"] = shift_labels  # so that the model computes a loss
-    batch = Batch(sequence, parts.get("labels"), shift_labels, kwargs.get("num_items_in_batch"))
+    scored = bool(kwargs.get("fused_lm_head")) and shift_labels is not None
+    num_items = kwargs.get("num_items_in_batch")
+    batch = Batch(sequence, parts.get("labels"), shift_labels, num_items, scored)
+    if shift_labels is not None and scored:
+        parts["shift_labels"] = shift_labels  # else it would shift labels itself
     dropped = (*_OF_DOCUMENTS, "shift_labels", "cache_position", "num_items_in_batch")
     kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
     if "use_cache" in inspect.signature(root.forward).parameters:

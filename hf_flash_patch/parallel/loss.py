@@ -55,12 +55,14 @@ class Loss:
             return output
         loss = output[0] if isinstance(output, tuple) else output.loss
         if not self._called:
-            if self._causal:
+            if self._causal and not batch.scored:
                 raise ParallelError(
                     f"{self._name} computes a loss of its own, of neighbours that may be another "
                     "process's; only losses of transformers' loss_function can be shared."
                 )
-            items = (batch.labels != IGNORED).sum()
+            labels = batch.shift_labels if batch.scored else batch.labels
+            assert labels is not None
+            items = (labels != IGNORED).sum()
             whole = batch.num_items
             whole = self._groups.reduce(items.clone()) if whole is None else whole
             loss = torch.where(items > 0, loss * (items / whole), 0.0)

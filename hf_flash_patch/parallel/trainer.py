@@ -113,12 +113,17 @@ def _gathering_once(accelerator: Any) -> Callable[..., Any]:
     mesh = accelerator.torch_device_mesh
     first = mesh.mesh.select(mesh.mesh_dim_names.index("cp"), 0).flatten().tolist()
 
-    def of_first(gathered: torch.Tensor) -> torch.Tensor:
-        return gathered.unflatten(0, (accelerator.num_processes, -1))[first].flatten(0, 1)
+    def of_first(own: torch.Tensor) -> torch.Tensor:
+        gathered = accelerator.gather(own)
+        if own.ndim == 0:  # no rows, but what a process has counted: trl adds up those of all
+            return gathered
+        return gathered.unflatten(0, (accelerator.num_processes, -1))[first].flatten(0, 1)[last()]
+
+    def last() -> slice:
+        state = accelerator.gradient_state
+        return slice(state.remainder if state.end_of_dataloader and state.remainder > 0 else None)
 
     def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
-        state = accelerator.gradient_state
-        last = slice(state.remainder if state.end_of_dataloader and state.remainder > 0 else None)
         try:
             recursively_apply(lambda x: x, input_data, error_on_other_type=True)
         except TypeError:
@@ -126,8 +131,8 @@ def _gathering_once(accelerator: Any) -> Callable[..., Any]:
         if use_gather_object:
             every: list[Any] = [None] * accelerator.num_processes
             dist.all_gather_object(every, input_data)
-            return [item for rank in first for item in every[rank]][last]
-        return recursively_apply(lambda x: of_first(x)[last], accelerator.gather(input_data))
+            return [item for rank in first for item in every[rank]][last()]
+        return recursively_apply(of_first, input_data)
 
     return gather_for_metrics
 

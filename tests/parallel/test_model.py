@@ -1,12 +1,14 @@
 """Models whose sequences processes share against one process, on gloo: loss and gradients."""
 
 import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache
 
@@ -237,6 +239,42 @@ def test_uneven_masks():
 
 def test_the_handle():
     assert all(run(4, check_the_handle))
+
+
+def scoring(model):
+    """A model whose forward scores tokens itself, as trl's do; its loss, by trl's rules."""
+    inner = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(*args, fused_lm_head=False, labels=None, shift_labels=None, **kwargs):
+        out = inner(*args, **kwargs)
+        logits = out.logits
+        if shift_labels is None:
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        out.mask = shift_labels != IGNORED
+        out.scores = -F.cross_entropy(logits.mT, shift_labels, reduction="none")
+        out.loss = -out.scores.sum() / out.mask.sum().clamp(min=1)
+        return out
+
+    model.forward = forward
+
+
+def check_scores():
+    start()
+    model, inputs = model_of("causal")
+    scoring(model)
+    whole = model(**inputs, fused_lm_head=True)
+    for method in ("ring", "ulysses"):
+        with hfp.parallel.sequence_parallel(model, method=method) as shared:
+            found = model(**inputs, fused_lm_head=True)
+            torch.testing.assert_close(found.loss, whole.loss)
+            torch.testing.assert_close(shared.unshard(found.scores)[:, :-1], whole.scores)
+            assert torch.equal(shared.unshard(found.mask)[:, :-1], whole.mask)
+    return True
+
+
+def test_models_that_score_tokens_themselves():
+    assert all(run(2, check_scores))
 
 
 def differ():
