@@ -8,6 +8,7 @@ in other layouts, a step is a call for each pair of chunks that sees anything.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +50,8 @@ def ring_attention(
     """Attention of a sequence whose tokens n processes share, exact.
 
     While a process computes with one part of the keys, the next part is on its way. Partial results
-    are put together in fp32, and so are gradients; those of k and v go round behind them.
+    are put together in fp32, and so are gradients; those of k and v go round behind them, and are
+    added to the owner's at home.
 
     Args:
         q: (batch, seqlen / n, num_heads, head_dim), this process's tokens (see `shard`).
@@ -102,6 +104,7 @@ def ring_attention(
         )
     options = {"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend}
     plan = _Plan(rank, chunks, chunk, causal, block_mask, options, deterministic)
+    plan.look()
     padding = None if key_padding_mask is None else key_padding_mask.bool()
     out, lse = _Ring.apply(q, k, v, padding, _Neighbours(group), plan)  # type: ignore[misc]
     return (out, lse) if return_lse else out
@@ -140,6 +143,19 @@ class _Plan:
         return len(self.chunks)
 
     @property
+    def sources(self) -> list[int]:
+        """Ranks, in the order in which their keys come."""
+        return [(self.rank - step) % self.size for step in range(self.size)]
+
+    def pieces_of(self, rows: slice) -> list[tuple[int, int]]:
+        """Starts and stops of the parts of rows that calls may take apart."""
+        count = len(self.chunks[self.rank])
+        if self.one_call and not self.causal:
+            return [(0, count * self.chunk)]
+        start, stop, _ = rows.indices(count * self.chunk)
+        return [(i, i + self.chunk) for i in range(start, stop, self.chunk)]
+
+    @property
     def one_call(self) -> bool:
         """Whether a step is one call, so that a row meets at most as many parts as processes."""
         zigzag = all(
@@ -150,6 +166,21 @@ class _Plan:
     def sum_dtype(self, part: torch.dtype) -> torch.dtype:
         """What to add up gradients in: two parts round once in their own dtype, as in fp32."""
         return part if self.one_call and self.size <= 2 else _exact(part)
+
+    def look(self) -> None:
+        """See which parts of the mask are empty: all at once and once a mask, as it is a sync."""
+        if self.block_mask is not None:
+            parts = [
+                part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
+                for i in self.chunks[self.rank]
+                for own in self.chunks
+                for j in own
+                if not (self.causal and j > i)
+            ]
+            new = [part for part in parts if part not in _seeing]
+            if new:
+                ends = torch.stack([part.row_offsets[-1, -1, -1] for part in new]).tolist()
+                _seeing.update(zip(new, map(bool, ends), strict=True))
 
     def calls(self, source: int) -> Iterator[_Call]:
         """What to compute with the keys of rank `source`."""
@@ -174,7 +205,7 @@ class _Plan:
         part = None
         if self.block_mask is not None:
             part = part_of(self.block_mask, rows=self._tokens(i), keys=self._tokens(j))
-            if not _sees_anything(part):
+            if not _seeing[part]:
                 return
         yield _Call(rows, keys, self.causal and i == j, part)
 
@@ -184,13 +215,6 @@ class _Plan:
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sees_anything(mask: BlockMask) -> bool:
-    """Read from the device once for each mask."""
-    if mask not in _seeing:
-        _seeing[mask] = bool(mask.row_offsets[-1, -1, -1].item())
-    return _seeing[mask]
 
 
 class _Neighbours:
@@ -223,10 +247,10 @@ def _all_keys(
     plan: _Plan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out and lse of this process's queries, once the keys have gone round."""
-    exact = _exact(q.dtype)
-    total: tuple[torch.Tensor, torch.Tensor] | None = None
-    for source, keys, mask in _round(k, v, padding, neighbours, plan):
-        for call in plan.calls(source):
+    calls = [list(plan.calls(source)) for source in plan.sources]
+    total = _Total(q, plan, [call.rows for step in calls for call in step])
+    for step, (keys, mask) in zip(calls, _round(k, v, padding, neighbours, plan), strict=True):
+        for call in step:
             part, part_lse = attention(
                 q[:, call.rows],
                 keys[0][:, call.keys],
@@ -234,9 +258,8 @@ def _all_keys(
                 return_lse=True,
                 **call.options(plan, mask),
             )
-            total = _merge(total, call.rows, part, part_lse, q, exact)
-    out, lse = _nothing(q, exact) if total is None else total
-    return out.to(q.dtype), lse
+            total.add(call.rows, part, part_lse)
+    return total.out, total.lse
 
 
 class _Ring(torch.autograd.Function):
@@ -269,11 +292,15 @@ class _Ring(torch.autograd.Function):
         neighbours, plan = ctx.neighbours, ctx.plan
         exact = plan.sum_dtype(q.dtype)
         dq: torch.Tensor | None = None
-        gradients: list[torch.Tensor] = []  # of the keys that are here
-        for step, (source, keys, mask) in enumerate(_round(k, v, padding, neighbours, plan)):
-            coming, works = neighbours.pass_on(gradients) if step else ([], [])
-            own: list[torch.Tensor | None] = [None, None]
+        late: list[tuple[slice, torch.Tensor]] = []  # for dq, to be added while something travels
+        own: list[torch.Tensor] = []
+        travelling: list[torch.Tensor] = []  # gradients of the keys that are here, without theirs
+        rounds = _round(k, v, padding, neighbours, plan)
+        for step, (source, (keys, mask)) in enumerate(zip(plan.sources, rounds, strict=True)):
+            coming, works = neighbours.pass_on(travelling) if step > 1 else ([], [])
+            here: list[torch.Tensor | None] = [None, None]
             for call in plan.calls(source):
+                dq = _add_all(dq, late, q, exact)
                 part_q, *parts = attention_backward(
                     dout[:, call.rows],
                     None if dlse is None else dlse[..., call.rows].contiguous(),
@@ -284,23 +311,28 @@ class _Ring(torch.autograd.Function):
                     lse[..., call.rows].contiguous(),
                     **call.options(plan, mask),
                 )
-                dq = _add(dq, call.rows, part_q, q, exact)
-                own = [
+                late = [(call.rows, part_q)]
+                here = [
                     _add(total, call.keys, part, like, exact)
-                    for total, part, like in zip(own, parts, (k, v), strict=True)
+                    for total, part, like in zip(here, parts, (k, v), strict=True)
                 ]
             for work in works:
                 work.wait()
-            for i, (total, like) in enumerate(zip(own, (k, v), strict=True)):
-                here = _zeros(like, exact) if total is None else total
-                own[i] = here.add_(coming[i]) if coming else here
-            gradients = [x for x in own if x is not None]
-        # Complete sums: on their way home they need no more precision than what they are for.
-        home, works = neighbours.pass_on([gradients[0].to(k.dtype), gradients[1].to(v.dtype)])
+            sums = [
+                _zeros(like, exact) if total is None else total
+                for total, like in zip(here, (k, v), strict=True)
+            ]
+            for total, more in zip(sums, coming, strict=bool(coming)):
+                total.add_(more)
+            own, travelling = (sums, []) if step == 0 else (own, sums)
+        home, works = neighbours.pass_on([x.to(q.dtype) for x in travelling])
+        dq = _add_all(dq, late, q, exact)
+        dq = torch.zeros_like(q) if dq is None else dq.to(q.dtype)
         for work in works:
             work.wait()
-        dq = torch.zeros_like(q) if dq is None else dq
-        return dq.to(q.dtype), *home, None, None, None
+        for total, more in zip(own, home, strict=bool(home)):
+            total.add_(more)
+        return dq, own[0].to(k.dtype), own[1].to(v.dtype), None, None, None
 
 
 def _round(
@@ -309,51 +341,80 @@ def _round(
     padding: torch.Tensor | None,
     neighbours: _Neighbours,
     plan: _Plan,
-) -> Iterator[tuple[int, list[torch.Tensor], torch.Tensor | None]]:
-    """Each rank's keys and values and their padding, its own first; the next are on their way."""
+) -> Iterator[tuple[list[torch.Tensor], torch.Tensor | None]]:
+    """Keys and values and their padding of `plan.sources`; the next are on their way."""
     here = [k.contiguous(), v.contiguous()]
     if padding is not None:
         here.append(padding.to(torch.uint8).contiguous())
     for step in range(plan.size):
         following, works = neighbours.pass_on(here) if step < plan.size - 1 else ([], [])
-        yield (plan.rank - step) % plan.size, here, here[2].bool() if len(here) > 2 else None
+        yield here, here[2].bool() if len(here) > 2 else None
         for work in works:
             work.wait()
         here = following
-
-
-def _nothing(q: torch.Tensor, exact: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and lse of queries that have seen nothing yet."""
-    shape = (q.shape[0], q.shape[2], q.shape[1])
-    lse = torch.full(shape, float("-inf"), dtype=exact, device=q.device)
-    return _zeros(q, exact), lse
 
 
 def _zeros(like: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
     return torch.zeros(like.shape, dtype=exact, device=like.device)  # contiguous, unlike zeros_like
 
 
-def _merge(
-    total: tuple[torch.Tensor, torch.Tensor] | None,
-    rows: slice,
-    part: torch.Tensor,
-    part_lse: torch.Tensor,
-    q: torch.Tensor,
-    exact: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds a part's softmax to what is there, in place; rows that have seen nothing stay at 0."""
-    if total is None and rows == _ALL:
-        return part.to(exact), part_lse.to(exact)
-    total = _nothing(q, exact) if total is None else total
-    out, lse = total[0][:, rows], total[1][..., rows]
-    both = torch.logaddexp(lse, part_lse)
-    base = both.masked_fill(both == float("-inf"), 0.0)
-    old, new = (
-        (x - base).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse)
-    )  # (batch, seqlen, num_heads, 1)
-    out.mul_(old).addcmul_(part, new)
-    lse.copy_(both)
-    return total
+class _Total:
+    """Output and lse of queries, put together of parts; rows that see nothing stay at 0.
+
+    A row's first part is its output as it is. Of more, the last goes from their sum in fp32
+    straight into the output: passes over that are what a merge costs.
+
+    Attributes:
+        out: as q.
+        lse: fp32 (batch, num_heads, seqlen).
+    """
+
+    def __init__(self, q: torch.Tensor, plan: _Plan, coming: list[slice]):
+        """
+        Args:
+            q: of all rows.
+            plan: of the ring.
+            coming: rows of each part, in order.
+        """
+        self._plan, self._exact = plan, _exact(q.dtype)
+        self._left = Counter(piece for rows in coming for piece in plan.pieces_of(rows))
+        self._sums: dict[tuple[int, int], torch.Tensor | None] = {}  # None: there is one part
+        if not coming or coming[0] != _ALL:
+            self.out = _zeros(q, q.dtype)
+            shape = (q.shape[0], q.shape[2], q.shape[1])
+            self.lse = torch.full(shape, float("-inf"), dtype=self._exact, device=q.device)
+
+    def add(self, rows: slice, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+        """A part of some rows."""
+        pieces = self._plan.pieces_of(rows)
+        self._left.subtract(pieces)
+        if not self._sums and rows == _ALL:
+            self.out, self.lse = part, part_lse.to(self._exact)
+            self._sums = dict.fromkeys(pieces)
+            return
+        for piece in pieces:
+            its = slice(piece[0] - (rows.start or 0), piece[1] - (rows.start or 0))
+            self._add(piece, part[:, its], part_lse[..., its])
+
+    def _add(self, piece: tuple[int, int], part: torch.Tensor, part_lse: torch.Tensor) -> None:
+        out, lse = self.out[:, slice(*piece)], self.lse[..., slice(*piece)]
+        if piece not in self._sums:
+            self._sums[piece] = None
+            out.copy_(part)
+            lse.copy_(part_lse)
+            return
+        both = torch.logaddexp(lse, part_lse)
+        base = both.masked_fill(both == float("-inf"), 0.0)
+        old, new = (
+            (x - base).exp_().transpose(1, 2).unsqueeze(-1) for x in (lse, part_lse)
+        )  # (batch, seqlen, num_heads, 1)
+        total = self._sums[piece]
+        total = out * old if total is None else total.mul_(old)
+        if self._left[piece]:
+            self._sums[piece] = total.addcmul_(part, new)
+        else:
+            self._sums[piece] = torch.addcmul(total, part, new, out=out)
+        lse.copy_(both)
 
 
 def _add(
@@ -368,4 +429,16 @@ def _add(
         return part.to(exact).contiguous()  # it will be sent
     total = _zeros(like, exact) if total is None else total
     total[:, tokens] += part
+    return total
+
+
+def _add_all(
+    total: torch.Tensor | None,
+    parts: list[tuple[slice, torch.Tensor]],
+    like: torch.Tensor,
+    exact: torch.dtype,
+) -> torch.Tensor | None:
+    for tokens, part in parts:
+        total = _add(total, tokens, part, like, exact)
+    parts.clear()
     return total

@@ -156,6 +156,22 @@ def test_balanced():
     assert len(set(shares)) == 1
 
 
+def check_messages():
+    """Exchanges of a causal ring's forward and backward."""
+    start()
+    sent = []
+    exchange = dist.batch_isend_irecv
+    dist.batch_isend_irecv = lambda operations: sent.append(1) or exchange(operations)
+    shared("ring", {"causal": True}, 4)
+    return len(sent)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_nothing_is_sent_in_vain(size):
+    """Keys go round twice; gradients of keys only where others have added to them."""
+    assert run(size, check_messages) == [3 * (size - 1)] * size
+
+
 def check_groups():
     """Two pairs of processes, each with a sequence of its own."""
     rank, _ = start()
