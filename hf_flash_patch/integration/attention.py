@@ -119,6 +119,7 @@ def hfp_attention(
     if share is not None:
         mask = _of_whole_sequence(module, attention_mask, position_bias)
         return share.attend(query, key, value, mask, pattern_of(module), options, s_aux), None
+    _refuse_context_parallel(module)
 
     request = Request(query.shape[0], query.shape[2], key.shape[2], query.device)
     mask, bias = request.resolve(attention_mask, is_causal, sliding_window)
@@ -188,6 +189,19 @@ def _of_whole_sequence(
         f"{type(module).__name__} passes {what} to its attention, which is of this process's "
         "tokens only; its sequences cannot be shared among processes."
     )
+
+
+def _refuse_context_parallel(module: nn.Module) -> None:
+    """Inside torch's `context_parallel` a process has a part of the tokens, and torch's SDPA alone,
+    which it replaces, knows of the others."""
+    if not torch.compiler.is_compiling() and "context_parallel" in str(
+        getattr(F.scaled_dot_product_attention, "__module__", None)
+    ):
+        raise ParallelError(
+            f"{type(module).__name__} runs inside torch's context_parallel (accelerate's cp_size), "
+            "which is for SDPA alone: every process would see its own tokens only. Call "
+            "hf_flash_patch.parallel.share_in_trainer or share_in_accelerator, before prepare()."
+        )
 
 
 def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -136,17 +136,19 @@ def _exchange(
     tensors: tuple[torch.Tensor, ...], give: int, take: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, ...]:
     # Copied where dimensions really change places: of one sequence, once instead of twice. While
-    # one tensor travels, the next is copied.
+    # one tensor travels, the next is copied: the largest last before it leaves, so that the first
+    # leaves soon, and first where copies are made on arrival.
     size = dist.get_world_size(group)
+    order = sorted(range(len(tensors)), key=lambda i: tensors[i].numel(), reverse=give < take)
     travelling = []
-    for x in tensors:
-        sent = x.unflatten(give, (size, -1)).movedim(give, 0).contiguous()  # a part for each
+    for i in order:
+        sent = tensors[i].unflatten(give, (size, -1)).movedim(give, 0).contiguous()  # a part each
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=group, async_op=True)
-        travelling.append((received, sent, work))
-    arrived = []
-    for received, _, work in travelling:
+        travelling.append((i, received, sent, work))
+    arrived: dict[int, torch.Tensor] = {}
+    for i, received, _, work in travelling:
         if work is not None:
             work.wait()
-        arrived.append(received.movedim(0, take).flatten(take, take + 1))
-    return tuple(arrived)
+        arrived[i] = received.movedim(0, take).flatten(take, take + 1)
+    return tuple(arrived[i] for i in range(len(tensors)))

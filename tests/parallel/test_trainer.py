@@ -103,6 +103,27 @@ def test_learns_as_one_process_does(tmp_path):
             assert evaluated == pytest.approx(expected[name][1][: len(evaluated)], rel=1e-4)
 
 
+def not_shared():
+    """accelerate's own context parallelism, of a patched model."""
+    model = corpus.model_of("llama")
+    hfp.patch(model, mask=hfp.masks.sliding_window(7))
+    accelerator = Accelerator(parallelism_config=ParallelismConfig(cp_size=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, _ = accelerator.prepare(model, optimizer)
+    ids = of_length(corpus.padded)(corpus.documents(2))["input_ids"]
+    buffers = {"buffers": [ids], "buffer_seq_dims": [1], "no_restore_buffers": {ids}}
+    with accelerator.maybe_context_parallel(**buffers):
+        try:
+            return model(ids).logits.shape
+        except ParallelError as error:
+            return str(error)
+
+
+def test_accelerates_own_way_is_refused():
+    for said in run(2, not_shared, fsdp=True):
+        assert "every process would see its own tokens only" in said
+
+
 @pytest.mark.parametrize("setting", ["label_smoothing_factor", "compute_loss_func"])
 def test_losses_of_whole_rows(tmp_path, setting):
     model = corpus.model_of("llama")
