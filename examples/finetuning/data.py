@@ -205,7 +205,7 @@ class Collator:
             are padded on the right to (batch, tokens).
         masked: BERT's task instead of the next token.
         first_position: of a document; RoBERTa-like models start at 2.
-        multiple: batches for training are as long as a multiple of this.
+        multiple: batches are as long as a multiple of this.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -217,7 +217,9 @@ class Collator:
     def __call__(self, items: list[Any]) -> dict[str, Any]:
         """The batch of some items."""
         if isinstance(items[0], dict):
-            return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            windows = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+            short = self._short_of(windows["input_ids"].shape[1])
+            return windows if not short else self._padded_windows(windows, short)
         if self.packing:
             flatten = DataCollatorWithFlattening(
                 return_flash_attn_kwargs=True, position_ids_start=self.first_position
@@ -245,6 +247,11 @@ class Collator:
 
     def _short_of(self, length: int) -> int:
         return -length % self.multiple
+
+    def _padded_windows(self, windows: dict[str, Tensor], short: int) -> dict[str, Tensor]:
+        fill = {"input_ids": self._pad, "labels": IGNORED, "attention_mask": 0}
+        windows["attention_mask"] = torch.ones_like(windows["input_ids"])
+        return {name: F.pad(x, (0, short), value=fill[name]) for name, x in windows.items()}
 
     def _padded(self, rows: list[Tensor]) -> dict[str, Tensor]:
         longest = max(map(len, rows))

@@ -272,6 +272,15 @@ class TestData:
         ]
         assert found[0] == found[1] and len(found[0]) == 3 and len(found[0][0]) == 8
 
+    def test_windows_that_processes_share(self):
+        tokenizer = data.new_tokenizer({"a": "a text"}, 300)
+        collate = data.Collator(tokenizer, packing=True, masked=False, multiple=8)
+        windows = data.Windows([torch.arange(9, dtype=torch.int32)], 6, [6], 1)
+        batch = collate([windows[0]])
+        assert batch["labels"].shape == (1, 8) and batch["labels"][0, 6:].tolist() == [-100, -100]
+        assert batch["attention_mask"].tolist() == [[1] * 6 + [0] * 2]
+        assert batch["input_ids"][0, :6].tolist() == windows[0]["input_ids"].tolist()
+
     def test_no_document_is_long_enough(self):
         with pytest.raises(SystemExit, match="longest document held out has 9 tokens"):
             data.Windows([torch.arange(9)], 16, [16], 1)
