@@ -24,7 +24,7 @@ from .costs import BLOCK_SIZE
 from .groups import Groups
 from .layout import Layout
 from .ring import ring_attention
-from .ulysses import own_heads, to_heads, to_tokens
+from .ulysses import own_draws, own_heads, to_heads, to_tokens
 
 
 def attend(
@@ -67,8 +67,11 @@ def attend(
             mask = replace(mask, block_mask=own_heads(mask.block_mask, groups.ulysses))
         sides: dict[str, Any] = {"causal": mask.causal, "window_size": mask.window_size}
         call = partial(attention, mask=mask.arguments(), **sides, **options)
-    out = call_with_sinks(call, q, k, v, sinks)
-    return out if groups.ulysses is None else to_tokens(out, groups.ulysses)
+    if groups.ulysses is None:
+        return call_with_sinks(call, q, k, v, sinks)
+    with own_draws(options["dropout_p"], q.device, groups.ulysses):
+        out = call_with_sinks(call, q, k, v, sinks)
+    return to_tokens(out, groups.ulysses)
 
 
 def _by_ring(

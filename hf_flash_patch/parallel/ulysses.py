@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -11,6 +13,7 @@ from ..errors import MaskError, ParallelError
 from ..masks.block_mask import BlockMask
 from ..masks.part import part_of
 from ..masks.pattern import Pattern
+from ..ops.dropout import new_rng_state
 from ..ops.functional import flash_attn_func
 
 
@@ -58,8 +61,26 @@ def ulysses_attention(
     if block_mask is not None:
         block_mask = own_heads(block_mask, group)
     q, k, v = to_heads(q, k, v, group)
-    out = flash_attn_func(q, k, v, block_mask=block_mask, **options)
+    with own_draws(options.get("dropout_p", 0.0), q.device, group):
+        out = flash_attn_func(q, k, v, block_mask=block_mask, **options)
     return to_tokens(cast(torch.Tensor, out), group)
+
+
+@contextlib.contextmanager
+def own_draws(
+    dropout_p: float, device: torch.device, group: dist.ProcessGroup | None
+) -> Iterator[None]:
+    """Dropout's numbers of this process, of as many draws as there are processes.
+
+    With one seed on all of them, as Trainer has it, heads of different processes would otherwise
+    drop the same places.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    for _ in range(rank if dropout_p else 0):
+        new_rng_state(device)
+    yield
+    for _ in range(size - 1 - rank if dropout_p else 0):
+        new_rng_state(device)
 
 
 def check_heads(num_heads: int, num_heads_k: int, size: int) -> None:

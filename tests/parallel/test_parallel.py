@@ -156,6 +156,21 @@ def test_balanced():
     assert len(set(shares)) == 1
 
 
+def check_dropout():
+    """What each head keeps where all processes have one seed; and whether they draw on alike."""
+    start()
+    torch.manual_seed(3)
+    zeros, ones = torch.zeros(1, 8, 4, 8), torch.ones(1, 8, 4, 8)
+    out = hfp.parallel.ulysses_attention(zeros, zeros, ones, dropout_p=0.5)
+    whole = hfp.parallel.unshard(out, layout="contiguous")
+    return [tuple(head) for head in whole[0, :, :, 0].T.tolist()], torch.rand(()).item()
+
+
+def test_heads_drop_places_of_their_own():
+    (kept, after), other = run(2, check_dropout)
+    assert len(set(kept)) == 4 and other == (kept, after)
+
+
 def check_messages():
     """Exchanges of a causal ring's forward and backward."""
     start()
