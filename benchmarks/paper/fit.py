@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .loop import Clock, OutOfTime, rate, save, wait
 
 UNTIMED = 5  # steps at the start of a piece: kernels are compiled and memory is taken
+EVERY = 150.0  # seconds between two saves: what a kill costs at most; 1.5 GB of GPT-2 take two
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def fit(
         optimizer: of its parameters.
         recipe: what to do.
         backward: leaves a step's gradients in the parameters and returns its loss, on the device.
-        state: file that takes everything when the time is over; gone at the end.
+        state: file that takes everything when the time is over, and now and then before; gone at
+            the end.
         clock: says when.
         name: for the progress bar.
 
@@ -79,7 +81,7 @@ def fit(
     first, before = _resume(model, optimizer, state, device) if state.exists() else (0, Spent())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    started = 0.0
+    started, saved = 0.0, time.perf_counter()
 
     def spent(step: int) -> Spent:
         wait(device)
@@ -105,6 +107,12 @@ def fit(
             if step % 20 == 0 or step == recipe.steps - 1:  # reading it waits for the device
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update()
+            if time.perf_counter() - saved > EVERY:
+                done = spent(step + 1)
+                now = time.perf_counter()
+                save(state, _state(model, optimizer, device, step + 1, done))
+                saved = time.perf_counter()
+                started += saved - now  # saving is no training
         found = spent(recipe.steps)
     state.unlink(missing_ok=True)
     return found

@@ -15,9 +15,10 @@ out. Runs, in this order unless --runs says otherwise:
     speed              a few steps each of the shortest and the longest: eager (the shortest only),
                        sdpa and ours, as compiled as the runs, and not
 
-Every run from scratch sees the same tokens in the same order, blocks of the longest context, cut
-to its own; the two that go on see the same ones, too. Test documents are as long as the longest
-context; a model reads them in windows of its own length side by side: all models predict the same
+Every dense run from scratch sees the same tokens in the same order, blocks of the longest dense
+context, cut to its own; the two that go on see the same ones, too. The sparse run sees the same text
+in blocks of its own length. The positions of all start as waves and are learned from there. Test
+documents are as long as the longest context; a model reads them in windows of its own length side by side: all models predict the same
 tokens, every one once, and start anew at the start of each window. Perplexity is told over all, by
 the position in the document (the same tokens for every model) and by the position in the window
 (the context that was there).
@@ -30,6 +31,7 @@ different --runs may share folder and CSV, each on a GPU of its own.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -47,7 +49,7 @@ import hf_flash_patch as hfp
 from . import longer_context_report as report
 from .corpus import Blocks, Corpus, corpus
 from .fit import Recipe, Spent, fit
-from .loop import Clock, OutOfTime, adamw, precision, wait
+from .loop import Clock, OutOfTime, adamw, carry, precision, wait
 
 LOSS_CHUNK = 4096  # tokens whose logits are there at a time: 0.8 GB of them in fp32
 UNTIMED = 3  # steps before those that are timed
@@ -179,6 +181,21 @@ def runs_of(preset: Preset) -> dict[str, Run]:
     return {run.name: run for run in found}
 
 
+def waves(length: int, width: int) -> Tensor:
+    """Positions to start from: sines and cosines, as large as GPT-2's random ones.
+
+    Which token is the one before is then told alike at all positions. Of random rows every one has
+    to be learned on its own, and of a step's tokens a row of 4096 gets a quarter of a row's of 1024.
+
+    Returns:
+        float32 (length, width).
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.5.
+    """
+    angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
+    return torch.cat((angles.sin(), angles.cos()), 1) * (0.02 * math.sqrt(2))
+
+
 class Study:
     """All runs of one preset.
 
@@ -249,7 +266,10 @@ class Study:
             eos_token_id=2,
             **self.preset.sizes,
         )
-        return AutoModelForCausalLM.from_config(config).to(self.device)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            model.transformer.wpe.weight.copy_(waves(run.length, config.n_embd))
+        return model.to(self.device)
 
     def _patched(self, model: PreTrainedModel, mask: str | None = None) -> PreTrainedModel:
         """With our attention; without a mask given, that which the model was saved with."""
@@ -285,8 +305,11 @@ class Study:
         self, model: PreTrainedModel, length: int, micro: int, compiled: bool
     ) -> Callable[[int], Tensor]:
         """What makes a step's gradients; changes the model to make them fast."""
-        p, count = self.preset, self.preset.batch // self.preset.sparse
-        blocks = Blocks(self.text.train, p.sparse, self.arguments.seed)
+        p = self.preset
+        # No longer than it has to be: of 16384 tokens, two would be all of a step, two packages'.
+        block = max(length, *p.lengths)
+        count = p.batch // block
+        blocks = Blocks(self.text.train, block, self.arguments.seed)
         hfp.memory.chunked_loss(model.train(), chunk=LOSS_CHUNK)
         if compiled:
             torch.compiler.reset()  # shapes of an earlier model would make them dynamic
@@ -299,7 +322,7 @@ class Study:
             parts = [part.split(max(1, micro // length)) for part in (inputs, labels)]
             total = torch.zeros((), device=self.device)
             for ids, asked in zip(*parts, strict=True):
-                ids, asked = (part.to(self.device).contiguous() for part in (ids, asked))
+                ids, asked = (carry(part.contiguous(), self.device) for part in (ids, asked))
                 with precision(self.device):
                     # Shifted already: the last token of a row has a label, too.
                     loss = model(input_ids=ids, labels=asked, shift_labels=asked, use_cache=False)

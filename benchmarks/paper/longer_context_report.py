@@ -66,6 +66,7 @@ def open_log(study: Study) -> Log:
         "batch": p.batch,
         "learning_rate": p.learning_rate,
         "seed": arguments.seed,
+        "text": study.text.name,
     }
     return Log(_path(study, ".csv"), conditions)
 

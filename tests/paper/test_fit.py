@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.paper import fit as fit_module
 from benchmarks.paper.fit import UNTIMED, Recipe, Spent, fit
 from benchmarks.paper.loop import Clock, OutOfTime, adamw
 
@@ -42,6 +43,28 @@ def test_pieces_give_the_same_model(tmp_path, monkeypatch):
     for one, two in zip(whole.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     assert not (tmp_path / "state").exists()
+
+
+def test_a_kill_costs_little(tmp_path, monkeypatch):
+    """What was saved on the way is gone on with, though nobody said that the time was over."""
+    whole, _, _ = model_after(tmp_path, Clock(budget=100))
+    monkeypatch.setattr(fit_module, "EVERY", 0.0)
+    first, kept = [], torch.nn.Module.__call__
+
+    def killed(self, *inputs):
+        first.append(self)
+        if len(first) == 3 * 12 + 1:  # a Sequential of two: the 13th step
+            raise KeyboardInterrupt
+        return kept(self, *inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.nn.Module, "__call__", killed)
+        model_after(tmp_path, Clock(budget=100))
+    assert torch.load(tmp_path / "state")["step"] == 12
+    other, spent, _ = model_after(tmp_path, Clock(budget=100))
+    for one, two in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert spent.steps == STEPS - 2 * UNTIMED and spent.seconds > 0
 
 
 def test_nothing_timed():

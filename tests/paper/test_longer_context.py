@@ -59,7 +59,7 @@ def test_stopping_changes_nothing(outputs):
         {tuple(row.values()) for row in rows(folder) if row["metric"] not in ("tokens/s", "GiB")}
         for folder in (whole, pieces)
     ]
-    assert {row[5] for row in measured[1]} == {"32", "32-to-64, not tuned", "32-to-64"}
+    assert {row[6] for row in measured[1]} == {"32", "32-to-64, not tuned", "32-to-64"}
     assert measured[1] <= measured[0]
     assert not list(models(pieces).glob("*.state"))
 
@@ -132,6 +132,39 @@ def test_buckets_hold_every_token_once(outputs):
         (whole,) = [r for r in rows(folder) if (r["run"], r["metric"]) == ("64", "perplexity")]
         assert sum(counts) == length
         assert mean / length == pytest.approx(math.log(float(whole["value"])), rel=1e-5)
+
+
+def test_another_text_is_not_compared(outputs):
+    """Packages of another version are other text: its perplexity is no contest."""
+    settings = {"preset": "tiny", "device": "cpu", "folder": str(outputs[0])}
+    study = longer_context.Study(longer_context.Arguments(**settings, output=str(outputs[0])))
+    assert study.log.has(run="32", metric="perplexity")
+    study.text.test[0, 0] += 1
+    assert not longer_context.report.open_log(study).has(run="32", metric="perplexity")
+
+
+def test_positions_start_alike_and_as_large_as_gpt2s():
+    found = longer_context.waves(300, 64)
+    assert found.std() == pytest.approx(0.02, rel=0.2)
+    alike = found @ found.T  # what two positions have in common goes by how far apart they are
+    for apart in (1, 7, 100):
+        assert alike.diagonal(apart).std() < 1e-6
+
+
+@pytest.mark.parametrize("name", longer_context.PRESETS)
+def test_dense_runs_see_the_same_tokens(outputs, monkeypatch, name):
+    """Blocks of the longest dense context: a step has as many of them as it can."""
+    asked = []
+    settings = {"preset": "tiny", "device": "cpu", "folder": str(outputs[0])}
+    study = longer_context.Study(longer_context.Arguments(**settings, output=""))
+    study.preset = longer_context.PRESETS[name]
+    monkeypatch.setattr(longer_context, "Blocks", lambda texts, length, seed: asked.append(length))
+    monkeypatch.setattr(hfp.memory, "chunked_loss", lambda model, chunk: None)
+    for length in (*study.preset.lengths, study.preset.sparse):
+        model = torch.nn.Linear(1, 1)
+        study._backward(model, length, study.preset.micro, compiled=False)
+    longest = max(study.preset.lengths)
+    assert asked == [longest] * len(study.preset.lengths) + [study.preset.sparse]
 
 
 def test_unknown_run(outputs):
