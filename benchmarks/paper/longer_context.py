@@ -16,10 +16,11 @@ out. Runs, in this order unless --runs says otherwise:
                        sdpa and ours, as compiled as the runs, and not
 
 Every dense run from scratch sees the same tokens in the same order, blocks of the longest dense
-context, cut to its own; the two that go on see the same ones, too. The sparse run sees the same text
-in blocks of its own length. The positions of all start as waves and are learned from there. Test
-documents are as long as the longest context; a model reads them in windows of its own length side by side: all models predict the same
-tokens, every one once, and start anew at the start of each window. Perplexity is told over all, by
+context, cut to its own; the two that go on see the same ones, too. The sparse run sees the same
+text in blocks of its own length. The positions of all start as waves and are learned from there.
+Test documents are as long as the longest context; a model reads them in windows of its own length
+side by side: all models predict the same tokens, every one once, and start anew at the start of
+each window. Perplexity is told over all, by
 the position in the document (the same tokens for every model) and by the position in the window
 (the context that was there).
 
@@ -185,7 +186,7 @@ def waves(length: int, width: int) -> Tensor:
     """Positions to start from: sines and cosines, as large as GPT-2's random ones.
 
     Which token is the one before is then told alike at all positions. Of random rows every one has
-    to be learned on its own, and of a step's tokens a row of 4096 gets a quarter of a row's of 1024.
+    to be learned on its own, and a row of 4096 gets a quarter of the tokens that one of 1024 gets.
 
     Returns:
         float32 (length, width).
