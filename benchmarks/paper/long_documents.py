@@ -41,7 +41,7 @@ from hf_flash_patch.testing.text import byte_pairs
 
 from . import long_documents_report as report
 from .fit import Recipe, Spent, fit
-from .loop import Clock, OutOfTime, adamw, alone, precision, save
+from .loop import Clock, OutOfTime, adamw, alone, carry, precision, save
 from .masked_sources import documents
 from .text import PAD, SPECIAL, START, encode
 
@@ -334,7 +334,7 @@ class Study:
         total = torch.zeros((), device=self.device)
         for part in micro_batches(rows, self.preset.micro):
             logits = self._logits(model, [rows[index] for index in part])
-            asked = labels[torch.tensor(part)].to(self.device)
+            asked = carry(labels[torch.tensor(part)], self.device)
             loss = cross_entropy(logits.float(), asked, reduction="sum") / len(rows)
             loss.backward()
             total += loss.detach()
@@ -343,8 +343,9 @@ class Study:
     def _logits(self, model: PreTrainedModel, rows: list[Tensor]) -> Tensor:
         ids = pad_sequence([row.long() for row in rows], batch_first=True, padding_value=PAD)
         real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids, real = carry(ids, self.device), carry(real, self.device)
         with precision(self.device):
-            return model(input_ids=ids.to(self.device), attention_mask=real.to(self.device)).logits
+            return model(input_ids=ids, attention_mask=real).logits
 
     @torch.no_grad()
     def _answers(self, model: PreTrainedModel, length: int) -> Tensor:

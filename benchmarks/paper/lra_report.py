@@ -19,6 +19,7 @@ PAPER = {  # accuracy there, per cent: Transformer, FlashAttention, block-sparse
 NAMES = {"eager": "Transformer, eager", "dense": "ours, dense", "sparse": "ours, block-sparse"}
 ROOT_ALONE = 0.37  # ListOps: what knowing the outermost operator alone scores
 EQUAL = 0.01  # of accuracy
+CHANCE = {"listops": 0.1, "text": 0.5, "retrieval": 0.5, "image": 0.1, "pathfinder": 0.5}
 
 
 def latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
@@ -66,7 +67,8 @@ def conclusion(rows: dict[tuple[str, str], Row]) -> list[str]:
             f"{NAMES[contestant]}: {mean(speed.values()):.2f} times eager's steps a second "
             f"(geometric mean of {len(speed)} of {len(PAPER)} tasks; target {target}, {verdict}); "
             f"accuracy within a point or better: {equal} "
-            f"(worst: {worst}, {100 * gaps[worst]:+.1f})."
+            f"(worst: {worst}, {100 * gaps[worst]:+.1f}), on average "
+            f"{100 * sum(gaps.values()) / len(gaps):+.1f}."
         )
     found = [row for (task, _), row in rows.items() if task == "listops"]
     if found:
@@ -76,6 +78,13 @@ def conclusion(rows: dict[tuple[str, str], Row]) -> list[str]:
             f"ListOps: {more} the outermost operator was learnt, which alone scores "
             f"{100 * ROOT_ALONE:.0f}%."
         )
+    guessed = [
+        f"{task} ({NAMES[name]})"
+        for (task, name), row in rows.items()
+        if float(row["low"]) <= CHANCE[task]
+    ]
+    if guessed:
+        said.append(f"Not above chance with 95% confidence: {', '.join(guessed)}.")
     return said
 
 

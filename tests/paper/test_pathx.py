@@ -1,6 +1,7 @@
 """pathx.py from start to end in small, in pieces, and what its parts promise."""
 
 import csv
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,40 @@ def test_a_stage_goes_on_where_it_stopped(arguments, tmp_path):
     assert sum(moved) > len(moved) / 2
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_a_kill_around_the_row_loses_and_doubles_nothing(arguments, monkeypatch, after):
+    add = pathx.Records.add
+
+    def killed(self, row):
+        if after:
+            add(self, row)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pathx.Records, "add", killed)
+        pathx.main(arguments)
+    assert pathx.main(arguments) == 0
+    rows = rows_of(arguments)
+    assert [row["stage"] for row in rows] == [s.name for s in routes.ROUTES["pretrain"]]
+    assert all(float(row["last_loss"]) > 0 for row in rows)
+
+
+def test_a_kill_costs_little(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(pathx, "EVERY", 0.0)
+    steps, loss_of = iter(range(5)), pathx.loss_of
+
+    def killed(*inputs):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return loss_of(*inputs)
+
+    monkeypatch.setattr(pathx, "loss_of", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pathx.main(replace(arguments, scale=1000.0))
+    state = torch.load(tmp_path / "work" / "pretrain-tiny-0.pt")
+    assert state["steps"] == 4 and state["optimizer"]["state"][0]["step"] == 4
+
+
 def test_the_patched_model_is_the_eager_one_under_its_masks():
     torch.manual_seed(0)
     stage = replace(routes.tiny(routes.ROUTES["labels"])[-1], rows=(2, None))
@@ -95,6 +130,20 @@ def test_the_patched_model_is_the_eager_one_under_its_masks():
     assert masks[1] is None and 0 < stage.density(SMALL) < 1
     with hfp.patch(model, mask=lambda layer: masks[layer]):
         assert (model(images.pixels)[2] - plain[2]).abs().max() > 1e-6
+
+
+def test_brightness_and_neighbours_matter_from_the_start():
+    """Tokens of lines and dots are unlike after the first norm, and every layer adds to them."""
+    torch.manual_seed(0)
+    encoder = Tracer(Shape()).eval().encoder
+    embeddings = encoder.embeddings.patch_embeddings
+    pixels = embeddings(torch.tensor([0.9, 1.0])[:, None, None, None]).flatten(1)
+    line, dot = encoder.model.layer[0].norm1(pixels)
+    assert (line - dot).norm() > 0.02 * dot.norm()
+    image = torch.rand(1, 1, 8, 8)
+    states = encoder(pixel_values=image, output_hidden_states=True).hidden_states
+    for before, after in itertools.pairwise(states):
+        assert 0.1 < (after - before).norm() / before.norm() < 2
 
 
 def test_positions_go_by_pixels_or_by_the_image():
