@@ -238,7 +238,7 @@ class Study:
         """
         if report.done(self, length, seed):
             return
-        p, base = self.preset, self.folder / f"base-{seed}"
+        p, base = self.preset, self.base(seed)
         if not base.exists():
             torch.manual_seed(seed)
             model = AutoModelForSequenceClassification.from_config(self._config())
@@ -257,9 +257,13 @@ class Study:
         steps = p.epochs * len(self.documents.train) // p.batch
         recipe = Recipe(max(1, steps), p.tuning_rate, warmup=max(1, steps // 20))
         backward = self._document_step(model, length, seed)
-        tuned = self.folder / f"tuned-{length}-{seed}"
+        tuned = self.folder / f"tuned-{length}-{p.epochs}-{base.name}"
         spent = self._train(model, recipe, backward, tuned, f"{length} tokens, seed {seed}")
         report.record(self, length, seed, self._answers(model, length), spent)
+
+    def base(self, seed: int) -> Path:
+        """Where the model is that every length starts from; of other windows it is another."""
+        return self.folder / f"base-{self.preset.window_epochs}-{seed}"
 
     def _config(self) -> BertConfig:
         return BertConfig(

@@ -11,6 +11,7 @@ from torch import Tensor
 from .fit import Spent
 from .loop import wilson
 from .records import Records
+from .verdict import measured_on
 
 if TYPE_CHECKING:
     from .long_documents import Study
@@ -81,13 +82,20 @@ def _answers(row: dict[str, Any]) -> Tensor:
     return torch.tensor([float(bit) for bit in bits])
 
 
+def _rows(study: Study) -> list[dict[str, Any]]:
+    wanted = {name: str(value) for name, value in _conditions(study).items()}
+    return [
+        row
+        for row in study.log.rows
+        if all(str(row[name]) == value for name, value in wanted.items())
+    ]
+
+
 def pooled(study: Study) -> dict[int, dict[int, Tensor]]:
     """length -> seed -> float (test documents,), 1 for right; the rows of these conditions."""
-    wanted = {name: str(value) for name, value in _conditions(study).items()}
     found: dict[int, dict[int, Tensor]] = {}
-    for row in study.log.rows:
-        if all(str(row[name]) == value for name, value in wanted.items()):
-            found.setdefault(int(row["length"]), {})[int(row["seed"])] = _answers(row)
+    for row in _rows(study):
+        found.setdefault(int(row["length"]), {})[int(row["seed"])] = _answers(row)
     return dict(sorted(found.items()))
 
 
@@ -109,7 +117,7 @@ def conclude(study: Study) -> str:
         "# Which package a source file is from, by what is read of it",
         said,
         "\n".join(table),
-        f"{study.documents}.",
+        f"{study.documents}. {measured_on(_rows(study))}",
         "Names of packages and modules, imports, license headers, comments, addresses and file "
         "names are taken out: `benchmarks/paper/masked_sources.py`. Intervals: Wilson's, over test "
         "documents. How models are trained: `benchmarks/paper/long_documents.py`.",

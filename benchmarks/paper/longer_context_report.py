@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .records import Records
+from .verdict import measured_on
 
 if TYPE_CHECKING:
     from .longer_context import Study
@@ -42,6 +43,11 @@ class Log:
     def add(self, **cells: Any) -> None:
         """Adds a row; cells that are not given stay empty."""
         self._records.add({**self._conditions, **dict.fromkeys(COLUMNS, ""), **cells})
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every row."""
+        wanted = {name: str(value) for name, value in self._conditions.items()}
+        return [row for row in self._records.rows if wanted.items() <= row.items()]
 
     def rows(self, metric: str) -> list[dict[str, Any]]:
         """The rows of a metric, their length as a number."""
@@ -122,8 +128,9 @@ def conclude(study: Study) -> str:
         "\n".join(_models(study)),
         "\n".join(_speeds(study)),
         f"{study.text}. Of each run from scratch: {p.tokens / 1e6:.0f} M tokens, {p.batch} a step, "
-        f"the same ones in the same order; of further training {100 * p.tuning:.0f}% of that. Mask "
-        f"of the sparse run: `{p.mask}`.",
+        f"dense ones the same in the same order; of further training {100 * p.tuning:.0f}% of "
+        "that. Positions are learned, from sines and cosines on, in all runs; the rest starts as "
+        f"GPT-2's. Mask of the sparse run: `{p.mask}`. {measured_on(study.log.all())}",
         "Perplexity: documents in windows of the model's own length side by side, every token "
         "predicted once, the same ones by all models. How it is done: "
         "`benchmarks/paper/longer_context.py`.",

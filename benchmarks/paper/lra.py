@@ -198,7 +198,10 @@ class Run:
         self.task, self.contestant, self._recipe = task, contestant, recipe
         self._splits, self._arguments, self._clock = splits, arguments, clock
         self._device = torch.device(arguments.device)
-        self._path = Path(arguments.folder) / f"{task.name}-{contestant}-{arguments.seed}.pt"
+        # Of other conditions it is another run.
+        names = (task.name, contestant, arguments.seed, task.length, recipe.steps, recipe.batch)
+        name = "-".join(map(str, names)) + ("-compiled" if arguments.compile else "")
+        self._path = Path(arguments.folder) / f"{name}.pt"
         self._model = build(task, contestant, arguments)
         self._optimizer = adamw(self._model, 0.01, (0.9, 0.98))
         self._windows: list[float] = []  # seconds a step
@@ -293,8 +296,8 @@ def main(arguments: Arguments) -> int:
     """Trains what is not in the CSV yet; returns 0 when all is done, 3 when time is over."""
     clock = Clock(arguments.budget)
     logging.set_verbosity_error()
-    output = Path(arguments.output)
-    records = Records(output / "lra.csv")
+    name = "lra-tiny.csv" if arguments.tiny else "lra.csv"
+    records = Records(Path(arguments.output) / name)
     status = 0
     try:
         for name in arguments.tasks:
@@ -302,7 +305,7 @@ def main(arguments: Arguments) -> int:
     except OutOfTime:
         status = 3
     records.refresh()
-    lra_report.report(records.rows, output)
+    lra_report.report(records.rows, records.path)
     if status:
         print("Time is over; run the same command again to go on.")
     print(f"{time.monotonic() - clock.start:.0f} s, hf_flash_patch {hfp.__version__}")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .verdict import measured_on
+
 Row = dict[str, Any]
 TARGETS = {"dense": 2.4, "sparse": 2.8}  # FlashAttention, table 3: geometric means of speed-ups
 PAPER = {  # accuracy there, per cent: Transformer, FlashAttention, block-sparse FlashAttention
@@ -117,17 +119,23 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: Iterable[Row], output: Path) -> None:
-    """Prints the table and writes lra.md and lra.svg beside the CSV; nothing without rows."""
+def report(rows: Iterable[Row], path: Path) -> None:
+    """Prints the table, writes a page and a figure beside the CSV; nothing without rows.
+
+    Args:
+        rows: of the CSV.
+        path: of the CSV.
+    """
     found = latest(rows)
     if not found:
         return
-    said = conclusion(found)
+    said = [*conclusion(found), measured_on(found.values())]
     text = "\n".join([table(found), "", *said])
     print(text)
-    figure = "![Accuracy and speed](lra.svg)"
-    (output / "lra.md").write_text(f"# Long Range Arena\n\n{figure}\n\n{text}\n")
-    draw(found, output / "lra.svg")
+    drawn = path.with_suffix(".svg")
+    figure = f"![Accuracy and speed]({drawn.name})"
+    path.with_suffix(".md").write_text(f"# Long Range Arena\n\n{figure}\n\n{text}\n")
+    draw(found, drawn)
 
 
 def draw(rows: dict[tuple[str, str], Row], path: Path) -> None:

@@ -182,9 +182,16 @@ class Journey:
         self._stages = tiny(route) if arguments.tiny else route
         torch.manual_seed(arguments.seed)
         self._model = Tracer(self._shape).to(self._device)
+        conditions = [arguments.scale, arguments.hidden, arguments.layers, arguments.heads]
+        self._conditions = conditions
         self._state: dict[str, Any] = {"stage": 0, "seconds": 0.0, "steps": 0, "seen": (0, 0)}
         if self._path.exists():
             self._state = torch.load(self._path, map_location=self._device)
+            if self._state["conditions"] != conditions:
+                raise SystemExit(
+                    f"{self._path} is of scale, hidden, layers and heads "
+                    f"{self._state['conditions']}, asked is {conditions}; give another --folder."
+                )
             self._model.load_state_dict(self._state.pop("model"))
 
     def run(self) -> None:
@@ -226,7 +233,8 @@ class Journey:
         }
 
     def _save(self, **more: Any) -> None:
-        save(self._path, {**self._state, **more, "model": self._model.state_dict()})
+        state = {**self._state, **more, "conditions": self._conditions}
+        save(self._path, {**state, "model": self._model.state_dict()})
 
     def _train(self, model: nn.Module, stage: Stage) -> dict[str, Any]:
         state, device = self._state, self._device
@@ -307,15 +315,15 @@ def main(arguments: Arguments) -> int:
     """Trains what is not done yet; returns 0 when the route is at its end, 3 when time is over."""
     clock = Clock(arguments.budget)
     logging.set_verbosity_error()
-    output = Path(arguments.output)
-    records = Records(output / "pathx.csv")
+    name = "pathx-tiny.csv" if arguments.tiny else "pathx.csv"
+    records = Records(Path(arguments.output) / name)
     status = 0
     try:
         Journey(arguments, records, clock).run()
     except OutOfTime:
         status = 3
     records.refresh()
-    pathx_report.report(records.rows, output)
+    pathx_report.report(records.rows, records.path)
     if status:
         print("Time is over; run the same command again to go on.")
     print(f"{time.monotonic() - clock.start:.0f} s, hf_flash_patch {hfp.__version__}")

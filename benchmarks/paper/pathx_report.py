@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .verdict import measured_on
+
 Row = dict[str, Any]
 PAPER = {"Path-X": 0.614, "Path-256": 0.631}  # FlashAttention, table 6: the best of each
 COLOURS = {"labels": "#4477aa", "pretrain": "#228833", "traced": "#cc3311", "paper": "#999999"}
@@ -74,18 +76,24 @@ def conclusion(rows: Iterable[Row]) -> list[str]:
     return said
 
 
-def report(rows: Iterable[Row], output: Path) -> None:
-    """Prints the table and writes pathx.md and pathx.svg beside the CSV; nothing without rows."""
+def report(rows: Iterable[Row], path: Path) -> None:
+    """Prints the table, writes a page and a figure beside the CSV; nothing without rows.
+
+    Args:
+        rows: of the CSV.
+        path: of the CSV.
+    """
     rows = list(rows)
     if not rows:
         return
-    text = "\n".join([table(rows), "", *conclusion(rows)])
+    text = "\n".join([table(rows), "", *conclusion(rows), measured_on(rows)])
     print(text)
     figure = ""
     if tested(rows):
-        draw(rows, output / "pathx.svg")
-        figure = "![Accuracy by stage](pathx.svg)\n\n"
-    (output / "pathx.md").write_text(f"# Path-X and Path-256\n\n{figure}{text}\n")
+        drawn = path.with_suffix(".svg")
+        draw(rows, drawn)
+        figure = f"![Accuracy by stage]({drawn.name})\n\n"
+    path.with_suffix(".md").write_text(f"# Path-X and Path-256\n\n{figure}{text}\n")
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+ON_A_CPU = "Measured on a CPU, which shows that the script runs; no target speaks of it."
+
 
 def verdict(value: float, target: float, says: str) -> str:
     """ "target >= 5: reached", or "missed".
@@ -24,8 +26,15 @@ def conclusion(claims: Iterable[str], rows: list[dict[str, str]]) -> str:
         rows: of the CSV.
     """
     if any(row["device"] == "CPU" for row in rows):
-        return "Measured on a CPU, which shows that the script runs; no target speaks of it."
+        return ON_A_CPU
     return "\n".join(claims) or "Nothing is measured that a target speaks of."
+
+
+def measured_on(rows: Iterable[dict[str, str]]) -> str:
+    """`provenance_line`, and of a CPU's rows that no target speaks of them."""
+    rows = list(rows)
+    said = [provenance_line(rows), *[ON_A_CPU] * any(row["device"] == "CPU" for row in rows)]
+    return " ".join(said).strip()
 
 
 def provenance_line(rows: list[dict[str, str]]) -> str:

@@ -63,7 +63,7 @@ def test_every_length_and_seed_is_there(outputs):
     for row in rows(folder):
         assert 0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1
     text = (folder / "long-documents-tiny.md").read_text()
-    assert "seeds 0, 1). Target +4 points: " in text
+    assert "seeds 0, 1). Target +4 points: " in text and "no target speaks of it" in text
     assert (folder / "long-documents-tiny.png").stat().st_size > 10_000
 
 
@@ -79,13 +79,19 @@ def test_padding_changes_nothing(outputs):
     study = long_documents.Study(
         long_documents.Arguments(preset="tiny", device="cpu", folder=str(folder), output="")
     )
-    base = folder / "tiny" / "base-0"
-    model = AutoModelForSequenceClassification.from_pretrained(base).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(study.base(0)).eval()
     hfp.patch(model)
     rows = [torch.arange(3, 3 + n, dtype=torch.int32) for n in (30, 9)]
     together = study._logits(model, rows)
     apart = torch.cat([study._logits(model, [row]) for row in rows])
     assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_other_windows_are_another_model(outputs):
+    settings = {"preset": "tiny", "device": "cpu", "folder": str(outputs[0]), "output": ""}
+    for epochs, there in ((None, True), (3, False)):
+        arguments = long_documents.Arguments(**settings, window_epochs=epochs)
+        assert long_documents.Study(arguments).base(0).exists() == there
 
 
 def test_unknown_length(outputs):

@@ -71,6 +71,7 @@ def test_every_run_is_there(outputs, capsys):
     speed = [row for row in rows(folder) if (row["run"], row["metric"]) == ("speed", "tokens/s")]
     assert [row["attention"] for row in speed] == ["eager", "sdpa", "hfp", "sdpa", "hfp", "hfp"]
     text = (folder / "longer-context-tiny.md").read_text()
+    assert "sines and cosines" in text and "no target speaks of it" in text
     assert "times as fast per token" in text and text.count("paired over documents") == 2
     assert "32-to-64" in text.split("further training of one model")[1].split(".")[0]
     assert (folder / "longer-context-tiny.png").stat().st_size > 10_000

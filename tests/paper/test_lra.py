@@ -26,7 +26,7 @@ def arguments(tmp_path):
 
 
 def rows_of(arguments) -> list[dict[str, str]]:
-    with open(f"{arguments.output}/lra.csv", newline="") as file:
+    with open(f"{arguments.output}/lra-tiny.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -40,18 +40,19 @@ def test_from_start_to_end_and_not_twice(arguments, tmp_path, capsys):
     assert [float(row["density"]) < 1 for row in rows] == [False, False, True] * 2
     said = capsys.readouterr().out
     assert "geometric mean of 2 of 5 tasks" in said and "outermost operator" in said
-    for name in ("lra.md", "lra.svg"):
+    for name in ("lra-tiny.md", "lra-tiny.svg"):
         assert (tmp_path / "results" / name).stat().st_size > 500
-    written = (tmp_path / "results" / "lra.csv").read_bytes()
+    written = (tmp_path / "results" / "lra-tiny.csv").read_bytes()
     assert lra.main(replace(arguments, budget=-1)) == 0  # nothing is left to do
-    assert (tmp_path / "results" / "lra.csv").read_bytes() == written
+    assert (tmp_path / "results" / "lra-tiny.csv").read_bytes() == written
 
 
 def test_a_run_in_pieces_ends_where_one_in_one_piece_does(arguments, monkeypatch, tmp_path):
     arguments.tasks, arguments.contestants = ["listops"], ["dense"]
     monkeypatch.setattr(lra, "WINDOW", 2)
     assert lra.main(arguments) == 0
-    whole = torch.load(tmp_path / "work" / "listops-dense-0.pt")
+    (path,) = (tmp_path / "work").glob("listops-dense-0*.pt")
+    whole = torch.load(path)
     pieces = replace(arguments, folder=str(tmp_path / "p"), output=str(tmp_path / "q"))
     monkeypatch.setattr(lra.Clock, "check", lambda self: None)
     statuses = []
@@ -59,10 +60,21 @@ def test_a_run_in_pieces_ends_where_one_in_one_piece_does(arguments, monkeypatch
     while not statuses or statuses[-1]:
         statuses.append(lra.main(pieces))
     assert statuses == [3, 3, 0]
-    resumed = torch.load(tmp_path / "p" / "listops-dense-0.pt")
+    resumed = torch.load(tmp_path / "p" / path.name)
     assert resumed["step"] == whole["step"] == 6
     for name, value in whole["model"].items():
         torch.testing.assert_close(resumed["model"][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_another_number_of_steps_is_another_run(arguments, tmp_path):
+    """What was trained with fewer steps, its rate down to nothing, is not gone on with."""
+    arguments.tasks, arguments.contestants = ["listops"], ["dense"]
+    assert lra.main(arguments) == 0
+    assert lra.main(replace(arguments, shrink=1)) == 0
+    found = [torch.load(path) for path in (tmp_path / "work").glob("*.pt")]
+    assert sorted(state["step"] for state in found) == [6, 12]
+    assert all(state["optimizer"]["state"][0]["step"] == state["step"] for state in found)
+    assert "no target speaks of it" in (tmp_path / "results" / "lra-tiny.md").read_text()
 
 
 def test_contestants_start_alike_and_dense_is_eager():

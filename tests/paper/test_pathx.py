@@ -35,7 +35,7 @@ def arguments(tmp_path, monkeypatch):
 
 
 def rows_of(arguments) -> list[dict[str, str]]:
-    with open(f"{arguments.output}/pathx.csv", newline="") as file:
+    with open(f"{arguments.output}/pathx-tiny.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -52,11 +52,11 @@ def test_from_start_to_end_in_pieces(arguments, tmp_path, capsys):
     assert all(int(row["steps"]) > 0 and int(row["images"]) > 0 for row in rows)
     said = capsys.readouterr().out
     assert "Path-X: " in said and "Path-256: " in said and "paper's 63.1%" in said
-    for name in ("pathx.md", "pathx.svg"):
+    for name in ("pathx-tiny.md", "pathx-tiny.svg"):
         assert (tmp_path / "results" / name).stat().st_size > 500
-    written = (tmp_path / "results" / "pathx.csv").read_bytes()
+    written = (tmp_path / "results" / "pathx-tiny.csv").read_bytes()
     assert pathx.main(arguments) == 0  # nothing is left to do
-    assert (tmp_path / "results" / "pathx.csv").read_bytes() == written
+    assert (tmp_path / "results" / "pathx-tiny.csv").read_bytes() == written
 
 
 def test_traces_are_learnt_too(arguments):
@@ -79,6 +79,13 @@ def test_a_stage_goes_on_where_it_stopped(arguments, tmp_path):
     assert later["optimizer"]["state"][0]["step"] == 2
     moved = [not torch.equal(later["model"][n], value) for n, value in state["model"].items()]
     assert sum(moved) > len(moved) / 2
+
+
+def test_a_checkpoint_of_other_conditions(arguments):
+    arguments.scale = 1000.0
+    assert pathx.main(replace(arguments, budget=-1)) == 3
+    with pytest.raises(SystemExit, match=r"of scale, .* \[1000.0, 16, .* give another --folder"):
+        pathx.main(replace(arguments, scale=1.0))
 
 
 @pytest.mark.parametrize("after", [False, True])
