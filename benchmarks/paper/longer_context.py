@@ -187,6 +187,9 @@ def waves(length: int, width: int) -> Tensor:
 
     Which token is the one before is then told alike at all positions. Of random rows every one has
     to be learned on its own, and a row of 4096 gets a quarter of the tokens that one of 1024 gets.
+    On random text whose pieces of 16 tokens come again, 2 layers of 64 and 4096 tokens a step: from
+    random rows, the loss of contexts of 128 falls within 200 steps, that of 512 not in 800 (4.159
+    of 4.16 nats); from waves, that of 512 is 4.05 after 600.
 
     Returns:
         float32 (length, width).
