@@ -301,6 +301,7 @@ def _with_learned_bias(
         raise UnsupportedKernelError(
             f"softcap={options['softcap']} together with a learned position bias is not supported."
         )
+    visible = visible & (bias > float("-inf"))
     # The most negative finite value: a row that sees nothing must not become NaN.
     bias = torch.where(visible, bias.to(query.dtype), torch.finfo(query.dtype).min)
     out = F.scaled_dot_product_attention(
@@ -312,4 +313,5 @@ def _with_learned_bias(
         scale=options["softmax_scale"],
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    out = out.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)  # else an average
     return out.transpose(1, 2).contiguous()

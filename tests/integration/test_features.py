@@ -202,6 +202,19 @@ def test_position_bias_with_a_dense_mask():
     assert_close(out, _reference(q, k, v, visible, bias=bias), "out")
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_row_that_sees_nothing_beside_a_trained_bias(dtype):
+    q, k, v = (x.requires_grad_() for x in _tensors())
+    bias = torch.randn(1, 4, 9, 9, requires_grad=True)
+    visible = CAUSAL[None, None].repeat(2, 1, 1, 1)
+    visible[0, :, 4] = False
+    mask = visible if dtype == torch.bool else torch.where(visible, 0.0, float("-inf"))
+    out, _ = hfp_attention(_Module(), q, k, v, mask, position_bias=bias)
+    assert out[0, 4].eq(0).all() and out[1, 4].ne(0).all()
+    gradients = torch.autograd.grad(out[0, 4].sum(), (q, k, v, bias))
+    assert all(gradient.eq(0).all() for gradient in gradients)
+
+
 def test_trained_bias_needs_a_backend_with_its_gradient():
     q, k, v = _tensors()
     bias = torch.randn(1, 4, 9, 9, requires_grad=True)
