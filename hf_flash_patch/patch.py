@@ -59,9 +59,10 @@ def patch(
         max_length: maximum context in tokens to extend to, see `extend_context`; None leaves it.
         rope: with max_length, how to scale RoPE, as in `extend_context`.
         positions: with max_length, how to grow a learned position table, as in `extend_context`.
-        mask: a pattern of `hf_flash_patch.masks`, or a callable from a layer's index to one or
-            None; on top of what the model masks itself, in every self-attention of its text part.
-            Kept in `model.config.hfp`, unless it is code; None keeps what stands there.
+        mask: a pattern of `hf_flash_patch.masks`, a text of one such as "sliding_window(4096)", or
+            a callable from a layer's index to a pattern or None; on top of what the model masks
+            itself, in every self-attention of its text part. Kept in `model.config.hfp`, unless it
+            is code; None keeps what stands there.
         tokenizer: its model_max_length follows `max_length`; without it, nothing happens to a
             tokenizer.
         backend: "auto" (the compiled kernels where they can serve, else the torch engine), "cuda"
@@ -87,7 +88,11 @@ def patch(
         ContextExtensionError: the context cannot be extended as asked, or rope, positions or
             tokenizer was given without max_length. The model is as it was.
         MaskError: mask is neither, or has patterns for other numbers of heads.
+        ValueError: strict or remove_padding is neither True nor False.
     """
+    for name, flag in (("strict", strict), ("remove_padding", remove_padding or False)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}={flag!r}; it has to be True or False.")
     roots = pretrained_roots(model)
     if not roots:
         raise UnsupportedModelError(

@@ -155,6 +155,12 @@ def test_unknown_backend(llama):
         hfp.patch(llama, backend="triton")
 
 
+@pytest.mark.parametrize("name", ["strict", "remove_padding"])
+def test_a_flag_that_is_a_text(llama, name):
+    with pytest.raises(ValueError, match=f"{name}='no'; it has to be True or False"):
+        hfp.patch(llama, **{name: "no"})
+
+
 def test_cuda_backend_without_the_extension(llama, monkeypatch):
     from hf_flash_patch.ops.library import ExtensionStatus
 

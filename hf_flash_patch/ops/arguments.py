@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,10 +99,7 @@ class MaskArguments:
         """
         given = self._given()
         for name, tensor in given.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise MaskError(
-                    f"{name} is of type {type(tensor).__name__}; it has to be a tensor."
-                )
+            check_is_tensor(name, tensor)
             if tensor.device != q.device:
                 raise MaskError(
                     f"{name} is on {tensor.device}, q on {q.device}; move it once, before "
@@ -203,6 +200,16 @@ class MaskArguments:
             _check_attn_bias(self.attn_bias, (batch, num_heads, seqlen_q, seqlen_k))
 
 
+def check_is_tensor(name: str, given: Any) -> None:
+    """Check an argument that describes a mask.
+
+    Raises:
+        MaskError: it is no tensor.
+    """
+    if not isinstance(given, torch.Tensor):
+        raise MaskError(f"{name} is of type {type(given).__name__}; it has to be a tensor.")
+
+
 def _check_attn_bias(bias: torch.Tensor, shape: tuple[int, ...]) -> None:
     if bias.dim() != 4 or any(
         given not in (1, wanted) for given, wanted in zip(bias.shape, shape, strict=True)
@@ -299,6 +306,14 @@ def _is_side(side: Any) -> bool:
     return plain and side >= -1
 
 
+def _within(number: Any, least: float, most: float) -> bool:
+    """False for NaN as well, and for what is no number."""
+    try:
+        return least <= number <= most
+    except TypeError:
+        return False
+
+
 def check_options(
     q: torch.Tensor,
     mask: MaskArguments,
@@ -315,17 +330,19 @@ def check_options(
         UnsupportedKernelError: a number is out of its range.
         MaskError: window_size or alibi_slopes is malformed.
     """
-    if not 0.0 <= dropout_p <= 1.0:  # false for NaN as well
+    if not _within(dropout_p, 0.0, 1.0):
         raise UnsupportedKernelError(
-            f"dropout_p is {dropout_p}; it has to be a probability, 0 to 1. Pass 0.0 in evaluation."
+            f"dropout_p is {dropout_p!r}; it has to be a probability, 0 to 1. Pass 0.0 in "
+            "evaluation."
         )
-    if not 0.0 <= softcap < math.inf:
+    if not _within(softcap, 0.0, sys.float_info.max):
         raise UnsupportedKernelError(
-            f"softcap is {softcap}; it has to be a finite number >= 0, where 0 means none."
+            f"softcap is {softcap!r}; it has to be a finite number >= 0, where 0 means none."
         )
-    if not -math.inf < softmax_scale < math.inf:
+    if not _within(softmax_scale, -sys.float_info.max, sys.float_info.max):
         raise UnsupportedKernelError(
-            f"softmax_scale is {softmax_scale}; it has to be finite. None means head_dim ** -0.5."
+            f"softmax_scale is {softmax_scale!r}; it has to be a finite number. None means "
+            "head_dim ** -0.5."
         )
     sides = window_size if isinstance(window_size, (tuple, list)) else ()
     if len(sides) != 2 or not all(map(_is_side, sides)):
@@ -335,6 +352,7 @@ def check_options(
         )
     if alibi_slopes is None:
         return
+    check_is_tensor("alibi_slopes", alibi_slopes)
     num_heads = q.shape[-2]
     shapes = ((num_heads,), (mask.batch_size(q), num_heads))
     if alibi_slopes.dtype != torch.float32 or tuple(alibi_slopes.shape) not in shapes:

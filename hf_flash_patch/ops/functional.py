@@ -17,7 +17,7 @@ from ..errors import MaskError, UnsupportedKernelError
 from ..masks.block_mask import BlockMask
 from ..masks.pattern import Pattern
 from ..masks.top_k import TopKBlocks
-from .arguments import MaskArguments, check_options, check_tensors
+from .arguments import MaskArguments, check_is_tensor, check_options, check_tensors
 from .backends import resolve_backend
 from .dropout import new_rng_state
 from .library import call_attention, call_backward
@@ -436,10 +436,15 @@ def _padding_arguments(
 ) -> MaskArguments | None:
     if key_padding_mask is None:
         return None
+    check_is_tensor("key_padding_mask", key_padding_mask)
     if tuple(key_padding_mask.shape) != tuple(k.shape[:2]):
         raise MaskError(
             f"key_padding_mask has shape {tuple(key_padding_mask.shape)}; it has to be (batch, "
             f"seqlen_k) = {tuple(k.shape[:2])}, True where the key is real."
+        )
+    if key_padding_mask.device != k.device:
+        raise MaskError(
+            f"key_padding_mask is on {key_padding_mask.device}, k on {k.device}; move it once."
         )
     key_range, key_bits = pack_key_padding(key_padding_mask)
     return MaskArguments(key_range=key_range, key_bits=key_bits)

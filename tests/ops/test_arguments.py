@@ -58,7 +58,9 @@ OPTIONS = {
     "dropout below": ({"dropout_p": -0.1}, "dropout_p is -0.1"),
     "softcap": ({"softcap": -1.0}, "softcap is -1.0; it has to be a finite number >= 0"),
     "softcap nan": ({"softcap": NAN}, "softcap is nan"),
-    "scale": ({"softmax_scale": INF}, r"softmax_scale is inf; it has to be finite"),
+    "scale": ({"softmax_scale": INF}, "softmax_scale is inf; it has to be a finite number"),
+    "scale text": ({"softmax_scale": "a"}, "softmax_scale is 'a'; it has to be a finite number"),
+    "dropout none": ({"dropout_p": None}, "dropout_p is None; it has to be a probability"),
     "window": ({"window_size": (-2, 0)}, r"window_size is \(-2, 0\); it has to be two ints"),
     "window float": ({"window_size": (1.0, 0)}, r"window_size is \(1.0, 0\)"),
     "window one": ({"window_size": 3}, "window_size is 3; it has to be two ints"),
@@ -72,6 +74,7 @@ OPTIONS = {
         {"alibi_slopes": torch.ones(4, device="meta")},
         "alibi_slopes is on meta, q on cpu",
     ),
+    "alibi list": ({"alibi_slopes": [1.0] * 4}, "alibi_slopes is of type list; .* a tensor"),
     "alibi gradient": (
         {"alibi_slopes": torch.ones(4, requires_grad=True)},
         "alibi_slopes requires a gradient.*Detach it",
@@ -79,6 +82,11 @@ OPTIONS = {
     "padding shape": (
         {"key_padding_mask": torch.ones(2, 7, dtype=torch.bool)},
         r"key_padding_mask has shape \(2, 7\); .* \(batch, seqlen_k\) = \(2, 8\)",
+    ),
+    "padding list": ({"key_padding_mask": [[True]]}, "key_padding_mask is of type list; .*tensor"),
+    "padding device": (
+        {"key_padding_mask": torch.ones(2, 8, dtype=torch.bool, device="meta")},
+        "key_padding_mask is on meta, k on cpu",
     ),
     "padding dtype": (
         {"key_padding_mask": torch.ones(2, 8)},
