@@ -93,6 +93,7 @@ def divided(
     batches["gradients wanted"] = torch.is_grad_enabled()
     compared = (*_DIVIDED, *_LABELS, *_OF_DOCUMENTS, "num_items_in_batch")
     batches |= {name: kwargs.get(name) for name in compared}
+    batches["flags"] = _flags(kwargs, compared)
     device = device_of(root, groups.all)
     check_agreement(groups.all, device, {"batches": batches, "settings": settings}, problem)
     assert tokens is not None
@@ -138,6 +139,16 @@ def _by_name(
         elif parameter.kind is parameter.VAR_POSITIONAL and bound.pop(parameter.name, ()):
             raise ParallelError("pass what the model is called with by name.")
     return bound
+
+
+def _flags(kwargs: dict[str, Any], known: tuple[str, ...]) -> str:
+    """The arguments without tensors, such as output_attentions: one process may refuse them."""
+    plain = (bool, int, float, str)
+    return ", ".join(
+        f"{name}={value if isinstance(value, plain) else type(value).__name__}"
+        for name, value in sorted(kwargs.items())
+        if name not in known and value is not None and value is not False
+    )
 
 
 def _check(

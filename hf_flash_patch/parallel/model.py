@@ -167,6 +167,7 @@ class SequenceParallel:
             undo.callback(root.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(root.register_forward_hook(self._leave, always_call=True).remove)
             self._loss.take_over(root, undo)
+            undo.callback(set_whole_sequence, None)  # hooks don't run after a KeyboardInterrupt
             self._undo = undo.pop_all()
 
     def restore(self) -> None:

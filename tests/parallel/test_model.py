@@ -307,6 +307,7 @@ def differ():
     expect(model.to(torch.bfloat16 if rank else torch.float32), **inputs)
     model.to(torch.float32)
     expect(model, **inputs, **({"output_router_logits": True} if rank else {}))
+    expect(model, **inputs, output_attentions=rank == 1)
     expect(model, **inputs, num_items_in_batch=torch.tensor(40 + rank))
     expect(model, **inputs, cu_seq_lens_q=torch.tensor([0, 30 + rank, SEQLEN]))
     if rank:
@@ -334,6 +335,7 @@ def test_processes_that_differ():
         ("settings (training mode)",) * 2,
         ("settings (dtype)",) * 2,
         (other, "called with output_router_logits"),
+        ("batches (flags)",) * 2,
         ("batches (num_items_in_batch)",) * 2,
         ("batches (cu_seq_lens_q)",) * 2,
         (other, "too many positional arguments"),
@@ -343,6 +345,25 @@ def test_processes_that_differ():
     for rank, said in enumerate(run(2, differ)):
         for texts, error in zip(expected, said, strict=True):
             assert texts[rank] in error
+
+
+def interrupt():
+    start()
+    model, inputs = model_of("causal")
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    pressed = model.lm_head.register_forward_hook(press)
+    with pytest.raises(KeyboardInterrupt), hfp.parallel.sequence_parallel(model, method="ring"):
+        model(**inputs)
+    pressed.remove()
+    model(input_ids=inputs["input_ids"][:, :-1])
+    return True
+
+
+def test_a_keyboard_interrupt_leaves_no_sequence_behind():
+    assert all(run(2, interrupt))
 
 
 def errors():
