@@ -137,9 +137,12 @@ class LazyLogits(Tensor):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        dtype = _through(steps, torch.empty(0, dtype=dtype)).dtype
+        outline = _through(steps, torch.empty(0, dtype=dtype, device=device))
         made: Any = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            LazyLogits, (*hidden.shape[:-1], vocab_size), dtype=dtype, device=device
+            LazyLogits,
+            (*hidden.shape[:-1], vocab_size),
+            dtype=outline.dtype,
+            device=outline.device,
         )
         made._hidden, made._head = hidden, head
         made._steps, made._options = steps, options

@@ -83,7 +83,7 @@ def linear_cross_entropy(
     options: dict[str, Any] = {"weight": class_weight, "ignore_index": ignore_index}
     options["label_smoothing"] = label_smoothing
     loss = _Options(options, steps, chunk, torch.is_grad_enabled())
-    count = torch.ones((), device=hidden.device)
+    count = torch.ones((), device=target.device)  # a step may have moved the logits there
     if reduction == "mean":
         real = target != ignore_index
         each = torch.ones_like(target) if class_weight is None else class_weight[target * real]
@@ -175,6 +175,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In place, since the hidden states' gradient is as large as they are; by way of fp32,
             # since a scale rounded to bf16 would be wrong by up to 0.4% everywhere.
             for part in () if total is None else total.split(_SCALED_ROWS):
-                part.copy_(part.float() * scale)
+                part.copy_(part.float() * scale.to(part.device))
         gradients = zip(totals, ctx.dtypes, strict=True)
         return (*(x if x is None else x.to(dtype) for x, dtype in gradients), None, None, None)

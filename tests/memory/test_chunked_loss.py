@@ -84,6 +84,7 @@ def test_other_uses_of_logits():
         with chunked_loss(model):
             logits = model(**data).logits
             assert type(logits).__name__ == "LazyLogits" and logits.shape == expected.shape
+            assert logits.to("meta").device.type == "meta" and logits.to("meta").half().is_meta
             torch.testing.assert_close(logits.argmax(-1), expected.argmax(-1))
             torch.testing.assert_close(logits[:, -1] * 2 + 1, expected[:, -1] * 2 + 1)
             torch.testing.assert_close(torch.stack([logits, logits])[1], expected)
