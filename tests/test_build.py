@@ -294,6 +294,13 @@ class TestMissing:
         assert len(said) == 1 and "without CUDA kernels; missing: nvcc (install" in said[0]
 
 
+    def test_setup_names_an_old_setuptools(self, monkeypatch):
+        monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+        monkeypatch.setattr(setuptools, "setup", None)
+        with pytest.raises(SystemExit, match='setuptools is 65.5.0, 77 or later.*pip install "set'):
+            runpy.run_path(str(ROOT / "setup.py"))
+
+
 class TestWheel:
     @pytest.fixture
     def wheel(self, project):

@@ -40,6 +40,7 @@ def chunked_loss(model: nn.Module, *, chunk: int = CHUNK, backend: str = "auto")
     uses_liger(backend, torch.device("cuda"))  # raises now if it never could
     with changing(model, "chunked_loss") as (root, changes):
         heads = _heads(root)
+        changes.refuse_replicas(root, "chunked_loss")
         asked = _Asked(list(inspect.signature(root.forward).parameters))
         options = {"chunk": chunk, "backend": backend}
         for head in heads:

@@ -49,6 +49,17 @@ class Changes:
         setattr(owner, name, replacement)
         self._replaced.append((owner, name, replacement))
 
+    def refuse_replicas(self, root: nn.Module, name: str) -> None:
+        """Let no replica that nn.DataParallel makes of a model run: what `replace` put into it
+        computes with the original's parameters, on their device.
+
+        Args:
+            root: the model.
+            name: of the technique.
+        """
+        hook = root.register_forward_pre_hook(partial(_refuse_replica, name))
+        self.undo.callback(hook.remove)
+
     def revert(self) -> None:
         """Undo everything.
 
@@ -65,6 +76,15 @@ class Changes:
             delattr(owner, name)
         self._replaced.clear()
         self.undo.close()
+
+
+def _refuse_replica(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if getattr(module, "_is_replica", False):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has {name} and runs in nn.DataParallel, as Trainer has it "
+            "where one process sees several GPUs. Start a process for each (torchrun, accelerate "
+            "launch), let it see one (CUDA_VISIBLE_DEVICES), or restore() the technique."
+        )
 
 
 class Technique:

@@ -40,6 +40,7 @@ def tile_layers(model: nn.Module, *, tile: int = TILE) -> Technique:
     if tile < 1:
         raise ValueError(f"tile={tile}; it takes at least one token.")
     with changing(model, "tile_layers") as (root, changes):
+        changes.refuse_replicas(root, "tile_layers")
         layers = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
         inside = {id(module) for layer in layers for module in layer.modules()}
         mlps = norms = 0

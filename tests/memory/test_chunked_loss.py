@@ -249,6 +249,16 @@ def test_a_copy_has_it_too(copied):
     assert_same_step(step(again), step(model))
 
 
+def test_replicas_of_data_parallel_are_refused():
+    model = model_of("llama")
+    technique = chunked_loss(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(hfp.UnsupportedModelError, match="has chunked_loss and .*DataParallel"):
+        replica(**batch())
+    technique.restore()
+    model._replicate_for_data_parallel()(**batch())
+
+
 def test_another_output_layer_is_told():
     model = model_of("llama")
     technique = chunked_loss(model)

@@ -17,7 +17,7 @@ from hf_flash_patch.memory import chunked_loss, offload_checkpoints, tile_layers
 from hf_flash_patch.memory.tiling import tiled
 from tests.integration.tiny import VOCAB_SIZE, logits_and_gradients, token_ids
 
-from .conftest import FAMILIES, SEQLEN, Largest, assert_same_step, model_of, step
+from .conftest import FAMILIES, SEQLEN, Largest, assert_same_step, batch, model_of, step
 
 WIDTH = 37  # of the MLPs, and of nothing else
 FOUND = {
@@ -230,6 +230,16 @@ def test_compiled():
     assert_same_step((loss, gradients), expected)
 
 
+def test_replicas_of_data_parallel_are_refused():
+    model = model_of("llama")
+    technique = tile_layers(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(hfp.UnsupportedModelError, match="has tile_layers and .*DataParallel"):
+        replica(**batch())
+    technique.restore()
+    model._replicate_for_data_parallel()(**batch())
+
+
 def test_evaluation_and_copies():
     model = wide("llama").eval()
     with torch.no_grad():
@@ -256,8 +266,6 @@ def test_zero_3_is_told_to_gather_them_whole(family, whole):
 
 
 def step_loss(model):
-    from .conftest import batch
-
     return model(**batch()).loss
 
 
