@@ -6,8 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+
+# Without build isolation nobody else looks, and an older one calls pyproject.toml wrong.
+if int(__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"hf_flash_patch: setuptools is {__version__}, 77 or later is needed: "
+        'pip install "setuptools>=77"'
+    )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import build_cuda

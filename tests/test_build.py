@@ -293,7 +293,6 @@ class TestMissing:
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and "without CUDA kernels; missing: nvcc (install" in said[0]
 
-
     def test_setup_names_an_old_setuptools(self, monkeypatch):
         monkeypatch.setattr(setuptools, "__version__", "65.5.0")
         monkeypatch.setattr(setuptools, "setup", None)
