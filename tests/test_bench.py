@@ -471,6 +471,7 @@ def test_what_does_not_parse(capsys):
     for wrong, said in (
         (["--cells", "everything"], "invalid choice: 'everything'"),
         (["--peers", "fa1"], "invalid choice: 'fa1'"),
+        (["--match", "["], "it is [, no regular expression: unterminated"),
         (["--rounds", "0"], "it is 0; it has to be a number from 1 on"),
         (["--peers", "fa2", "--only-ours"], "not allowed with argument"),
     ):

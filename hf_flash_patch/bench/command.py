@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = [*GROUPS, "all"]
     add = parser.add_argument
     add("--cells", nargs="+", choices=groups, help="groups; default core, or all that are saved")
-    add("--match", metavar="REGEX", type=re.compile, help="only cells whose name matches")
+    add("--match", metavar="REGEX", type=_regex, help="only cells whose name matches")
     who = parser.add_mutually_exclusive_group()
     who.add_argument(
         "--peers",
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> None:
     Raises:
         UnsupportedKernelError: no GPU that the compiled kernels serve.
         ImportError, ValueError, OSError: the figure or a file cannot be made or read.
-        AssertionError: our result is wrong.
+        RuntimeError: our result is wrong, or there is none.
     """
     start = time.monotonic()
     if arguments.figure:
@@ -146,6 +146,13 @@ def _chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
     named = arguments.match is None or arguments.match.search(cell.name) is not None
     groups = arguments.cells or ["all"]
     return named and ("all" in groups or cell.group in groups)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"it is {text}, no regular expression: {error}") from error
 
 
 def _positive(text: str) -> int:

@@ -153,6 +153,11 @@ class RopePart:
     def _scaled(self, kind: str, method: Any, settings: Settings) -> dict[str, Any]:
         parameters, new, old = self.came[kind], settings.max_length, self.came_with
         given = method.get(kind, method) if isinstance(method, dict) else {"rope_type": method}
+        if not isinstance(given, dict):
+            raise ContextExtensionError(
+                f"rope[{kind!r}]={given!r}; it has to be a rope_parameters dict, such as "
+                '{"rope_type": "yarn"}.'
+            )
         if kind and scaling.rope_type(given) == "longrope":
             raise ContextExtensionError(
                 f'rope="longrope": {self.where} has frequencies for each layer type, where '
@@ -364,7 +369,7 @@ def _build(module: nn.Module, config: Any) -> Any:
     try:
         with torch.device("cpu"):
             return type(module)(config)  # type: ignore[call-arg]
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ContextExtensionError(
             f"{type(module).__name__} cannot be made with rope_parameters="
             f"{config.rope_parameters}: {error!r}."

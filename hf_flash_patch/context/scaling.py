@@ -151,7 +151,7 @@ def completed(
         ContextExtensionError: an unknown type or key, a missing key, or a value out of range.
     """
     kind = given.get("rope_type", given.get("type"))
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ContextExtensionError(
             f'rope={{"rope_type": {kind!r}, ...}}; "rope_type" may be '
             f"{', '.join(map(repr, _KEYS))}."

@@ -84,6 +84,12 @@ BAD = {
     "factor": ("llama", {"rope": {"rope_type": "linear", "factor": 0.5}}, "factor=0.5"),
     "factor text": ("llama", {"rope": {"rope_type": "yarn", "factor": "4"}}, "factor='4'"),
     "theta": ("llama", {"rope": {"rope_type": "default", "rope_theta": -1}}, "rope_theta=-1"),
+    "type list": ("llama", {"rope": {"rope_type": ["yarn"]}}, r"\['yarn'\].*may be 'default'"),
+    "part": (
+        "llama",
+        {"rope": {"rope_type": "yarn", "partial_rotary_factor": -1}},
+        "cannot be made",
+    ),
     "missing": ("llama", {"rope": {"rope_type": "longrope"}}, "short_factor=None.*list of 4"),
     "list": (
         "llama",
@@ -144,6 +150,8 @@ def test_a_dict_by_layer_type():
     linear = {"rope_type": "linear", "factor": 2.0}
     with pytest.raises(hfp.ContextExtensionError, match="layer types global; .* has sliding_att"):
         hfp.extend_context(model, 256, rope={"full_attention": linear, "global": linear})
+    with pytest.raises(hfp.ContextExtensionError, match=r"\['full_attention'\]='yarn'; it has to"):
+        hfp.extend_context(model, 256, rope={"full_attention": "yarn"})
     hfp.extend_context(model, 256, rope={"sliding_attention": linear})
     assert model.config.rope_parameters["sliding_attention"] == {**sliding, **linear}
     assert model.config.rope_parameters["full_attention"]["rope_type"] == "default"
