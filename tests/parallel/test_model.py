@@ -277,19 +277,26 @@ def test_models_that_score_tokens_themselves():
     assert all(run(2, check_scores))
 
 
-def differ():
-    """What the second process does otherwise, each time."""
-    rank, _ = start()
-    model, inputs = model_of("causal")
-    share = hfp.parallel.sequence_parallel
+def expecting(*errors):
+    """What calls raise, as a list of texts, and a function that makes a call."""
     said = []
 
     def expect(function, *arguments, **options):
         try:
             function(*arguments, **options)
             said.append("nothing")
-        except (ParallelError, TypeError) as error:
+        except errors as error:
             said.append(str(error))
+
+    return said, expect
+
+
+def differ():
+    """What the second process does otherwise, each time."""
+    rank, _ = start()
+    model, inputs = model_of("causal")
+    share = hfp.parallel.sequence_parallel
+    said, expect = expecting(ParallelError, TypeError)
 
     expect(share, model, method="ulysses" if rank else "ring")
     if rank:
@@ -370,14 +377,7 @@ def errors():
     rank, size = start()
     model, inputs = model_of("causal")
     share = hfp.parallel.sequence_parallel
-    said = []
-
-    def expect(function, *arguments, **options):
-        try:
-            function(*arguments, **options)
-            said.append("nothing")
-        except (MaskError, ParallelError) as error:
-            said.append(str(error))
+    said, expect = expecting(MaskError, ParallelError)
 
     expect(share, model, method="rings")
     expect(share, tiny_model(AutoModelForCausalLM, "llama"))
