@@ -82,13 +82,8 @@ def _answers(row: dict[str, Any]) -> Tensor:
     return torch.tensor([float(bit) for bit in bits])
 
 
-def _rows(study: Study) -> list[dict[str, Any]]:
-    wanted = {name: str(value) for name, value in _conditions(study).items()}
-    return [
-        row
-        for row in study.log.rows
-        if all(str(row[name]) == value for name, value in wanted.items())
-    ]
+def _rows(study: Study) -> list[dict[str, str]]:
+    return study.log.where(**_conditions(study))
 
 
 def pooled(study: Study) -> dict[int, dict[int, Tensor]]:

@@ -20,9 +20,8 @@ context, cut to its own; the two that go on see the same ones, too. The sparse r
 text in blocks of its own length. The positions of all start as waves and are learned from there.
 Test documents are as long as the longest context; a model reads them in windows of its own length
 side by side: all models predict the same tokens, every one once, and start anew at the start of
-each window. Perplexity is told over all, by
-the position in the document (the same tokens for every model) and by the position in the window
-(the context that was there).
+each window. Perplexity is told over all, by the position in the document (the same tokens for every
+model) and by the position in the window (the context that was there).
 
 Stops after --budget seconds with exit status 3, everything saved; the same command goes on. What
 is in the CSV is not done again, whether the model is still there or not. Several commands with

@@ -46,17 +46,12 @@ class Log:
 
     def all(self) -> list[dict[str, Any]]:
         """Every row."""
-        wanted = {name: str(value) for name, value in self._conditions.items()}
-        return [row for row in self._records.rows if wanted.items() <= row.items()]
+        return self._records.where(**self._conditions)
 
     def rows(self, metric: str) -> list[dict[str, Any]]:
         """The rows of a metric, their length as a number."""
-        wanted = {**self._conditions, "metric": metric}
-        return [
-            {**row, "length": int(row["length"])}
-            for row in self._records.rows
-            if all(row[name] == str(value) for name, value in wanted.items())
-        ]
+        found = self._records.where(**self._conditions, metric=metric)
+        return [{**row, "length": int(row["length"])} for row in found]
 
     def values(self, metric: str) -> dict[str, float]:
         """run -> its value of a metric without further cells."""

@@ -42,10 +42,14 @@ class Records:
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
             self.rows = [row for row in whole if None not in row]
 
-    def has(self, **key: Any) -> bool:
-        """Whether a row has these values, compared as text."""
+    def where(self, **key: Any) -> list[dict[str, str]]:
+        """The rows that have these values, compared as text."""
         wanted = {name: _text(value) for name, value in key.items()}
-        return any(wanted.items() <= row.items() for row in self.rows)
+        return [row for row in self.rows if wanted.items() <= row.items()]
+
+    def has(self, **key: Any) -> bool:
+        """Whether a row has these values."""
+        return bool(self.where(**key))
 
     def add(self, row: dict[str, Any]) -> None:
         """A row, with the `provenance` behind it; on the disk when this returns.
