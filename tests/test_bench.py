@@ -117,6 +117,8 @@ def test_hidden_size_and_tokens():
         assert cell.batch * cell.seqlen == 32768
         assert all(128 <= length <= 8192 for length in cell.lengths[:-1])
         assert sum(cell.lengths) == 32768 or cell.layout == "padded"
+    for lengths in (cell.lengths for cell in cells(["documents"])):
+        assert sum(lengths) == 32768 and max(lengths) == 4096 and sorted(lengths)[37] < 400
     for cell in cells(["decode"]):
         assert cell.kv_bytes <= KV_LIMIT
         assert cell.name.endswith(f"{cell.batch}x{cell.seqlen // 1024}k")
