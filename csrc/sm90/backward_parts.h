@@ -188,7 +188,7 @@ class Planner {
   __device__ void run() {
     const BackwardParams& p = a_.p;
 #pragma unroll 1
-    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.fetch(), queue.next(false)) {
+    for (auto queue = items_of<B>(a_, bars_); queue.valid(); queue.claim(), queue.announce(), queue.next(false)) {
       const KeyBlock<B> work(a_, queue.tile());
       if (!work.exists()) continue;
       QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);

@@ -43,11 +43,6 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   if (__shfl_sync(0xffffffffu, threadIdx.x / 128, 0) == 0) {
     give_registers<F::kProducerRegisters>();
     if (threadIdx.x == 0) produce<F>(a, bars, tile_q, tile_k, tile_v);
-    if (threadIdx.x == 32) {
-      auto queue = tiles_of<F>(a, bars);
-      while (queue.fetch()) {
-      }
-    }
   } else {
     take_registers<F::kConsumerRegisters>();
     Consumer<F>(a, bars, tile_q, tile_k, tile_v, tile_o).run();

@@ -83,13 +83,17 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     stage.next();
   };
 #pragma unroll 1
-  for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.next(false)) {
+  for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.announce(), queue.next(false)) {
     const Work<F> work(a, queue.tile());
-    if (!work.exists()) continue;
+    if (!work.exists()) {
+      queue.claim();
+      continue;
+    }
     const int batch = a.p.mask.cu_seqlens_q ? 0 : work.seq.batch, head_k = a.heads_per_group.divide(work.head);
     const int key0 = static_cast<int>(work.seq.offset_k), query0 = static_cast<int>(work.seq.offset_q) + work.row0;
     KeyBlocks<F::kBlockK, F::kTold> blocks(work.mask, work.span, work.row0, work.head);
     if (!blocks.valid()) {
+      queue.claim();
       if constexpr (F::kTold) {
         barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
         bars->note[k.index].block = -1;
@@ -120,7 +124,11 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
     for (bool more = true; more;) {
       const int before = n;
       more = blocks.valid();
-      if (more) n = load_k();
+      if (more) {
+        n = load_k();
+      } else {
+        queue.claim();
+      }
       barrier_wait(smem_address(bars->v_empty + v.index), v.parity);
       copy(v, bars->v_full, tile_v, &a.v, key0 + before * F::kBlockK, head_k, batch);
     }
