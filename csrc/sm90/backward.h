@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
       init(bars->dq_empty + i, 1);
       init(bars->dq_loaded + i, 1);
     }
+    init(&bars->landed, 1);
     init(&bars->left, B::kConsumers);
     for (uint64_t& bar : bars->round_full) init(&bar, 1);
     init(&bars->tile_full, 1);

@@ -75,6 +75,7 @@ struct Backward {
   static constexpr unsigned kNothing = 64;            // the key block has no step
   static constexpr unsigned kExit = 128;
   static constexpr unsigned kOpens = 256, kCloses = 512;  // the tile of dQ, if groups are owned
+  static constexpr int kOwnQ = 16, kOwnK = 24;  // from these bits on: how many rows of the tile are the sequence's
   // As the loader and the adder see it.
   struct Plan : Step {
     int row, batch;  // coordinates of the query tile in Q and dO
@@ -91,7 +92,7 @@ struct Backward {
     int2 seen[kBlockK];  // rows that see each key
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ], do_full[kStagesDo], do_empty[kStagesDo];
-    uint64_t dq_full[kConsumers], dq_empty[kConsumers], dq_loaded[kConsumers], left;
+    uint64_t dq_full[kConsumers], dq_empty[kConsumers], dq_loaded[kConsumers], left, landed;
     uint64_t plan_full[kPlans], plan_empty[kPlans], tile_full, tile_empty, round_full[1 + 4 * kConsumers];
     Plan plan[kPlans];
     Step step[kStagesQ];
@@ -192,6 +193,8 @@ class Planner {
       const KeyBlock<B> work(a_, queue.tile());
       if (!work.exists()) continue;
       QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);
+      const bool ends_inside = p.mask.cu_seqlens_k || p.mask.seqused_k;  // a sequence's keys, before the tensor's
+      const unsigned own_k = ends_inside ? min(work.seq.seqlen_k - work.key0(), B::kBlockK) : B::kBlockK;
       unsigned flags = B::kFirst;
       const int group = work.seq.batch * p.num_heads_k + work.head_k;
       if (!at.valid()) {
@@ -220,6 +223,8 @@ class Planner {
           flags |= (at.turn == 0 ? B::kOpens : 0) | (at.closes ? B::kCloses : 0);
         }
         at.next();
+        const unsigned own_q = p.mask.cu_seqlens_q ? min(work.seq.seqlen_q - row0, B::kBlockQ) : B::kBlockQ;
+        flags |= own_q << B::kOwnQ | own_k << B::kOwnK;
         plan.flags = at.valid() ? flags : flags | B::kLast;
         flags = 0;
         send();
@@ -249,11 +254,18 @@ template <class B>
 class PlanReader {
  public:
   __device__ explicit PlanReader(typename B::Barriers* bars) : bars_(bars) {}
-  __device__ __forceinline__ typename B::Plan next() {
+  // Stays until `pass`.
+  __device__ __forceinline__ const typename B::Plan& await() {
     barrier_wait(smem_address(bars_->plan_full + plans_.index), plans_.parity);
-    const typename B::Plan plan = bars_->plan[plans_.index];
+    return bars_->plan[plans_.index];
+  }
+  __device__ __forceinline__ void pass() {
     barrier_arrive(smem_address(bars_->plan_empty + plans_.index));
     plans_.next();
+  }
+  __device__ __forceinline__ typename B::Plan next() {
+    const typename B::Plan plan = await();
+    pass();
     return plan;
   }
 
@@ -267,52 +279,68 @@ template <class B>
 class Loader {
  public:
   __device__ Loader(const BackwardArguments& a, typename B::Barriers* bars, uint32_t base)
-      : a_(a), bars_(bars), base_(base) {}
+      : a_(a), bars_(bars), base_(base), arrivals_(&bars->landed) {}
 
   __device__ void run() {
     PlanReader<B> plans(bars_);
 #pragma unroll 1
     for (;;) {
-      const typename B::Plan plan = plans.next();
+      const typename B::Plan& plan = plans.await();
       if (plan.flags & B::kExit) return;
       barrier_wait(smem_address(bars_->q_empty + q_.index), q_.parity);
-      uint32_t bar = smem_address(bars_->q_full + q_.index);
       bars_->step[q_.index] = plan;
       if (plan.flags & B::kNothing) {
-        barrier_arrive(bar);
-        q_.next();
-        continue;
+        barrier_arrive(smem_address(bars_->q_full + q_.index));
+      } else {
+        load(plan);
+        do_.next();
       }
-      barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-      B::TileQ::load(base_ + B::kAtQ + q_.index * B::TileQ::kBytes, &a_.q, bar, plan.row, plan.head, plan.batch);
-      bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + plan.scratch, B::kBlockQ * 4, bar);
       q_.next();
-      if (plan.flags & B::kFirst) load_keys(base_ + B::kAtK, &bars_->k_full, &bars_->k_empty, &a_.k, plan);
-      barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
-      bar = smem_address(bars_->do_full + do_.index);
-      barrier_expect(bar, B::TileQ::kBytes + B::kBlockQ * 4);
-      B::TileQ::load(base_ + B::kAtDo + do_.index * B::TileQ::kBytes, &a_.dout, bar, plan.row, plan.head, plan.batch);
-      bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + plan.scratch, B::kBlockQ * 4, bar);
-      do_.next();
-      if (plan.flags & B::kFirst) {
-        load_keys(base_ + B::kAtV, &bars_->v_full, &bars_->v_empty, &a_.v, plan);
-        keys_parity_ ^= 1;
-      }
+      plans.pass();
     }
   }
 
  private:
-  __device__ __forceinline__ void load_keys(uint32_t tile, uint64_t* full, uint64_t* empty, const CUtensorMap* map,
-                                            const typename B::Plan& plan) {
-    barrier_wait(smem_address(empty), keys_parity_);
-    const uint32_t bar = smem_address(full);
-    barrier_expect(bar, B::TileK::kBytes);
-    B::TileK::load(tile, map, bar, plan.key_row, plan.head_k, plan.batch);
+  __device__ __forceinline__ void load(const typename B::Plan& plan) {
+    constexpr int kTerms = B::kBlockQ * 4;
+    const bool first = plan.flags & B::kFirst;
+    const int own_q = plan.flags >> B::kOwnQ & 255, own_k = plan.flags >> B::kOwnK;
+    const Arrival q{base_ + B::kAtQ + q_.index * TileQ::kBytes, smem_address(bars_->q_full + q_.index), own_q, kTerms};
+    const Arrival dout{base_ + B::kAtDo + do_.index * TileQ::kBytes, smem_address(bars_->do_full + do_.index), own_q,
+                       kTerms};
+    const Arrival k{base_ + B::kAtK, smem_address(&bars_->k_full), own_k};
+    const Arrival v{base_ + B::kAtV, smem_address(&bars_->v_full), own_k};
+    arrivals_.template send<TileQ>(q, &a_.q, plan.row, plan.head, plan.batch);
+    bulk_load(smem_address(bars_->lse[q_.index]), a_.p.lse_log2 + plan.scratch, kTerms, q.full);
+    if (first) {
+      barrier_wait(smem_address(&bars_->k_empty), keys_parity_);
+      arrivals_.template send<TileK>(k, &a_.k, plan.key_row, plan.head_k, plan.batch);
+    }
+    barrier_wait(smem_address(bars_->do_empty + do_.index), do_.parity);
+    arrivals_.template send<TileQ>(dout, &a_.dout, plan.row, plan.head, plan.batch);
+    bulk_load(smem_address(bars_->delta[do_.index]), a_.p.delta + plan.scratch, kTerms, dout.full);
+    if (first) {
+      barrier_wait(smem_address(&bars_->v_empty), keys_parity_);
+      arrivals_.template send<TileK>(v, &a_.v, plan.key_row, plan.head_k, plan.batch);
+      keys_parity_ ^= 1;
+    }
+    // All are under way before the first is waited for.
+    if (!arrivals_.await()) return;
+    arrivals_.template complete<TileQ>(q);
+    arrivals_.template complete<TileQ>(dout);
+    if (first) {
+      arrivals_.template complete<TileK>(k);
+      arrivals_.template complete<TileK>(v);
+    }
   }
+
+  using TileQ = typename B::TileQ;
+  using TileK = typename B::TileK;
 
   const BackwardArguments& a_;
   typename B::Barriers* bars_;
   const uint32_t base_;
+  Arrivals arrivals_;
   Stage<B::kStagesQ> q_{1};
   Stage<B::kStagesDo> do_{1};
   uint32_t keys_parity_ = 1;

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_co
   const uint32_t tile_q = tile_v + F::kStages * F::TileK::kBytes;
   const uint32_t tile_o = tile_q + F::kStagesQ * F::kConsumers * F::TileQ::kBytes;
   if (threadIdx.x == 0) {
+    barrier_init(smem_address(&bars->landed), 1);
     barrier_init(smem_address(&bars->tile_full), 1);
     barrier_init(smem_address(&bars->tile_empty), 4 * F::kConsumers + 1);
     for (int i = 0; i < F::kStagesQ * F::kConsumers; ++i) {

@@ -14,7 +14,6 @@ class Consumer {
   using TileQ = typename F::TileQ;
   using TileK = typename F::TileK;
   static constexpr int kNS = F::kBlockK / 8, kNO = F::kHeadDim / 8;
-  static constexpr int kZeroed = 1 + F::kConsumers;  // named barriers from here on, one a consumer
   using AccumulatorS = float (&)[4 * kNS];
   using AccumulatorO = float (&)[4 * kNO];
 
@@ -28,7 +27,6 @@ class Consumer {
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         tile_q_(tile_q + group_ * TileQ::kBytes),
-        tile_v_(tile_v),
         tile_o_(tile_o + group_ * TileQ::kBytes),
         desc_k_(TileK::along(tile_k)),
         desc_v_(TileK::down(tile_v)) {}
@@ -73,13 +71,11 @@ class Consumer {
       round_to(prob, work, s);
       accumulate = 0;
     };
-    // One copy of that is 800 instructions less: 2 to 4% where the softmax is short, but slower where rows see few
-    // keys.
-    if constexpr (!F::kKeepsReference) begin(std::false_type());
+    if constexpr (!F::kOneBeginning) begin(std::false_type());
     bool has_before = false;
 #pragma unroll 1
     for (;;) {
-      if constexpr (F::kKeepsReference) begin(has_before);
+      if constexpr (F::kOneBeginning) begin(has_before);
       has_before = true;
 #pragma unroll 1
       while (goes_on()) {
@@ -114,7 +110,7 @@ class Consumer {
         finish(done, sums, o);
         break;
       }
-      if constexpr (!F::kKeepsReference) begin(std::true_type());
+      if constexpr (!F::kOneBeginning) begin(std::true_type());
     }
     await_left();
   }
@@ -163,16 +159,7 @@ class Consumer {
     }
   }
 
-  // Whether a sequence's keys may end before the tensor does.
-  __device__ static bool ends_inside(const MaskParams& p) { return p.cu_seqlens_k || p.seqused_k; }
-  // V of the next product. Rows that are not the sequence's become zeros; every consumer writes all of them, as the
-  // others may be waiting for their turn.
-  __device__ __forceinline__ void await_v() {
-    barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity);
-    if (foreign_rows_ == 0) return;
-    TileK::clear_rows(tile_v_ + v_.index * TileK::kBytes, F::kBlockK - foreign_rows_, F::kBlockK, kZeroed + group_);
-    foreign_rows_ = 0;
-  }
+  __device__ __forceinline__ void await_v() { barrier_wait(smem_address(bars_->v_full + v_.index), v_.parity); }
 
   // Q of a tile and its first K.
   __device__ __forceinline__ void await_first() {
@@ -239,8 +226,6 @@ class Consumer {
   __device__ __forceinline__ void first_probabilities(const Work<F>& work, Softmax<1>& softmax, float (&s)[1][kNS][4],
                                                       float (&shrink)[1][2]) {
     complete_logits(work, s);
-    const int past = (blocks_.block + 1) * F::kBlockK - work.seq.seqlen_k;
-    foreign_rows_ = ends_inside(a_.p.mask) ? max(past, 0) : 0;
     softmax.template update<true>(s, shrink, a_.p.exp2_scale, exp2_approx);
     if constexpr (F::kKeepsReference) all_seen_ = softmax.all_seen();
   }
@@ -365,14 +350,13 @@ class Consumer {
   typename F::Barriers* bars_;
   const Dropout dropout_;
   const int group_, lane_, warp_;
-  const uint32_t tile_q_, tile_v_, tile_o_;
+  const uint32_t tile_q_, tile_o_;
   const uint64_t desc_k_, desc_v_;
   uint32_t fragments_q_[F::kQInRegisters ? F::kHeadDim / 16 : 1][4];
   std::conditional_t<F::kTold, typename F::Note, KeyBlocks<F::kBlockK, false>> blocks_;  // where this tile is
   Stage<F::kStages> k_{0}, v_{0};
   Stage<F::kStagesQ> q_{0};
   bool all_seen_ = false;  // by the rows of this warp
-  int foreign_rows_ = 0;   // at the end of the next V: of another sequence, or not in use
 };
 
 }  // namespace hfp::sm90

@@ -44,23 +44,62 @@ struct Tile : sm80::Tile<kRows_, kCols_> {
       tma_store(map, tile + i * kPanelBytes + from * kRowBytes, col + i * kPanel, row, head, batch);
     }
   }
-  // Zeros to rows [first, end), by one warpgroup, for the products that follow: the copy engine writes zeros only past
-  // the tensor, not past the sequence, and 0 times NaN is NaN. `barrier` is the warpgroup's own.
-  __device__ __forceinline__ static void clear_rows(uint32_t tile, int first, int end, int barrier) {
-    constexpr int kChunks = kRowBytes / 16;
-    const int chunks = (end - first) * kChunks;
-    for (int i = threadIdx.x % 128; i < chunks * kPanels; i += 128) {
-      store_shared_float4(tile + i / chunks * kPanelBytes + first * kRowBytes + i % chunks * 16, {0.f, 0.f, 0.f, 0.f});
-    }
-    async_fence_shared();
-    named_sync(barrier, 128);
-  }
 
  private:
   __device__ static uint64_t descriptor(uint32_t addr, uint32_t leading) {
     return static_cast<uint64_t>((addr & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
            static_cast<uint64_t>(8 * kRowBytes >> 4) << 32 | kSwizzle << 62;
   }
+};
+
+// What a panel is cleared from: up to 127 rows of 128 bytes.
+static __device__ const uint4 zeros[1024] = {};
+
+// A tile to come: where to, the barrier that waits for it, how many of its rows are the sequence's, from the first on,
+// and how many bytes besides will arrive at the barrier.
+struct Arrival {
+  uint32_t tile, full;
+  int own, more = 0;
+};
+
+// Arrivals of tiles, for the one thread that sends for them. The copy engine writes zeros past a tensor, but what lies
+// past a sequence may be anything, and 0 times NaN is NaN. So a tile with rows that are not the sequence's lands at
+// this thread's barrier first, which then has zeros copied over them; only those complete the tile's own barrier.
+class Arrivals {
+ public:
+  __device__ explicit Arrivals(uint64_t* landed) : landed_(smem_address(landed)) {}
+
+  template <class Tile>
+  __device__ __forceinline__ void send(const Arrival& to, const CUtensorMap* map, int row, int head, int batch) {
+    const bool whole = to.own >= Tile::kRows;
+    if (whole) barrier_expect(to.full, Tile::kBytes + to.more);
+    if (!whole) under_way_ += Tile::kBytes;
+    Tile::load(to.tile, map, whole ? to.full : landed_, row, head, batch);
+  }
+  // Waits for what landed here; returns whether anything did, and has to be completed.
+  __device__ __forceinline__ bool await() {
+    if (under_way_ == 0) return false;
+    barrier_expect(landed_, under_way_);
+    barrier_wait(landed_, parity_);
+    parity_ ^= 1;
+    under_way_ = 0;
+    return true;
+  }
+  template <class Tile>
+  __device__ __forceinline__ void complete(const Arrival& to) const {
+    if (to.own >= Tile::kRows) return;
+    const int bytes = (Tile::kRows - to.own) * Tile::kRowBytes;
+    barrier_expect(to.full, bytes * Tile::kPanels + to.more);
+#pragma unroll
+    for (int i = 0; i < Tile::kPanels; ++i) {
+      bulk_load(to.tile + i * Tile::kPanelBytes + to.own * Tile::kRowBytes, zeros, bytes, to.full);
+    }
+  }
+
+ private:
+  const uint32_t landed_;
+  int under_way_ = 0;  // bytes
+  uint32_t parity_ = 0;
 };
 
 }  // namespace hfp::sm90

@@ -220,11 +220,11 @@ def check_what_lies_behind(
     *,
     head_dim: int,
     device: str,
-    names: tuple[str, ...] = ("out", "dq", "dk", "dv"),
     **options,
 ) -> None:
     """NaN in the unused part of a cache, and infinity in the next sequence, change nothing."""
     options["deterministic"] = True
+    names = ("out", "dq", "dk", "dv")
     shape = {"seqlen_q": 128, "seqlen_k": 1024, "head_dim": head_dim}
     problem = make_problem(features, dtype=torch.bfloat16, device=device, **shape)
     used = torch.tensor([100, 777], dtype=torch.int32, device=device)
