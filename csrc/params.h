@@ -94,6 +94,18 @@ struct AttentionParams {
   const float* alibi_slopes = nullptr;  // [num_heads], or [batch, num_heads] with alibi_batch_stride = num_heads
   int alibi_batch_stride = 0;
 
+  // Work is laid out as tiles of `height` rows or keys, the same number for each of so many slots: a sequence each, or
+  // one for all sequences of variable length, where each has room for a tile more than its rows fill at most, so that
+  // the host knows the number without their lengths. As many as the longest needs for each would be mostly empty:
+  // documents of 400 tokens, one of 4096, 32 tiles instead of 4. find_tile says whose a tile is.
+  constexpr int slots() const { return mask.cu_seqlens_q ? 1 : batch; }
+  constexpr int64_t query_tiles(int height) const {
+    return mask.cu_seqlens_q ? rows_q / height + batch : (mask.seqlen_q + height - 1) / height;
+  }
+  constexpr int64_t key_tiles(int height) const {
+    return mask.cu_seqlens_q ? rows_k / height + batch : (mask.seqlen_k + height - 1) / height;
+  }
+
   // Whether logits are more than q.k times a positive number, so that they cannot be left to the exponent.
   bool is_general() const { return softcap > 0.f || alibi_slopes || !(softmax_scale > 0.f); }
 };

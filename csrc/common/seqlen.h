@@ -5,6 +5,33 @@
 
 namespace hfp {
 
+// Where the tiles of sequence b begin in the slot of all of them, see AttentionParams::slots.
+template <int kHeight>
+__device__ __forceinline__ int first_tile(const int* cu_seqlens, int b) {
+  return cu_seqlens[b] / kHeight + b;
+}
+
+struct SequenceTile {
+  int sequence;
+  int tile;  // may be past the sequence's last
+};
+// Whose a slot's tile is. Variable lengths take a search, a few loads from the L1 cache.
+template <int kHeight>
+__device__ __forceinline__ SequenceTile find_tile(const int* cu_seqlens, int batch, int slot, int tile) {
+  if (!cu_seqlens) return {slot, tile};
+  int sequence = 0;
+#pragma unroll 1
+  for (int end = batch; end - sequence > 1;) {
+    const int middle = (sequence + end) / 2;
+    if (first_tile<kHeight>(cu_seqlens, middle) <= tile) {
+      sequence = middle;
+    } else {
+      end = middle;
+    }
+  }
+  return {sequence, tile - first_tile<kHeight>(cu_seqlens, sequence)};
+}
+
 struct Sequence {
   int batch;
   int64_t offset_q;  // first row in a variable-length tensor, else 0
@@ -24,10 +51,9 @@ struct Sequence {
     if (p.seqused_k) seqlen_k = min(max(p.seqused_k[b], 0), p.seqlen_k);
   }
 
-  // First scratch row of this sequence, a multiple of kScratchTile. With variable lengths each sequence is given at
-  // most one spare tile, which keeps the offset a function of cu_seqlens_q[b] alone.
+  // First scratch row of this sequence, a multiple of kScratchTile.
   __device__ int64_t scratch_row(const MaskParams& p) const {
-    if (p.cu_seqlens_q) return (offset_q + static_cast<int64_t>(batch) * kScratchTile) / kScratchTile * kScratchTile;
+    if (p.cu_seqlens_q) return int64_t{first_tile<kScratchTile>(p.cu_seqlens_q, batch)} * kScratchTile;
     return static_cast<int64_t>(batch) * ((p.seqlen_q + kScratchTile - 1) / kScratchTile) * kScratchTile;
   }
 };

@@ -65,9 +65,10 @@ __global__ void __launch_bounds__(B::kThreads, 1) backward_kernel(const __grid_c
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   // First keys first: under a causal mask they are seen by most rows.
-  const int blocks = (p.mask.seqlen_k + kBlockK - 1) / kBlockK;
-  const int block = blockIdx.x % blocks, head_k = blockIdx.x / blocks % p.num_heads_k;
-  const Sequence seq(p.mask, blockIdx.x / blocks / p.num_heads_k);
+  const int blocks = static_cast<int>(p.key_tiles(kBlockK)), head_k = blockIdx.x / blocks % p.num_heads_k;
+  const auto [sequence, block] =
+      find_tile<kBlockK>(p.mask.cu_seqlens_k, p.batch, blockIdx.x / blocks / p.num_heads_k, blockIdx.x % blocks);
+  const Sequence seq(p.mask, sequence);
   const int key0 = block * kBlockK;
   if (key0 >= seq.stored_k) return;
   const Mask mask(p.mask, seq);
@@ -258,8 +259,8 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   carve_row_terms(p, carver);
   carve_dq<B>(p, carver);
   if (!p.scratch) return carver.bytes();
-  const int64_t tiles = (p.mask.seqlen_q + B::kBlockQ - 1) / B::kBlockQ * int64_t{p.num_heads} * p.batch;
-  const int64_t blocks = (p.mask.seqlen_k + B::kBlockK - 1) / B::kBlockK * int64_t{p.num_heads_k} * p.batch;
+  const int64_t tiles = p.query_tiles(B::kBlockQ) * p.num_heads * p.slots();
+  const int64_t blocks = p.key_tiles(B::kBlockK) * p.num_heads_k * p.slots();
   launch<backward_begin_kernel<B>>(
       {.name = "backward_begin", .blocks = tiles, .threads = kEdgeThreads, .shared_bytes = 0, .stream = stream}, p);
   launch<backward_kernel<B>>(

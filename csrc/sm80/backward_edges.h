@@ -21,10 +21,12 @@ template <class B>
 struct RowTile {
   int tile, head, batch;
   __device__ explicit RowTile(const BackwardParams& p) {
-    const int tiles = (p.mask.seqlen_q + B::kBlockQ - 1) / B::kBlockQ;
-    tile = blockIdx.x % tiles;
+    const int tiles = static_cast<int>(p.query_tiles(B::kBlockQ));
     head = blockIdx.x / tiles % p.num_heads;
-    batch = blockIdx.x / tiles / p.num_heads;
+    const SequenceTile at =
+        find_tile<B::kBlockQ>(p.mask.cu_seqlens_q, p.batch, blockIdx.x / tiles / p.num_heads, blockIdx.x % tiles);
+    tile = at.tile;
+    batch = at.sequence;
   }
 };
 

@@ -44,9 +44,11 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
 
   // Last rows first: under a causal mask they take longest. The tiles of a head are neighbours, and so are the heads
   // that share keys.
-  const int tiles = (p.mask.seqlen_q + kBlockQ - 1) / kBlockQ;
-  const int block = blockIdx.x / tiles, head = block % p.num_heads, batch = block / p.num_heads;
-  const int row0 = (tiles - 1 - blockIdx.x % tiles) * kBlockQ;
+  const int tiles = static_cast<int>(p.query_tiles(kBlockQ));
+  const int block = blockIdx.x / tiles, head = block % p.num_heads;
+  const auto [batch, tile] =
+      find_tile<kBlockQ>(p.mask.cu_seqlens_q, p.batch, block / p.num_heads, tiles - 1 - blockIdx.x % tiles);
+  const int row0 = tile * kBlockQ;
   const Sequence seq(p.mask, batch);
   if (row0 >= seq.seqlen_q) return;
 
@@ -153,9 +155,8 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
 template <class Arch, typename Element, int kHeadDim, Variant kVariant>
 void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   using F = Forward<Arch, Element, kHeadDim, kVariant>;
-  const int64_t tiles = (p.mask.seqlen_q + F::kBlockQ - 1) / F::kBlockQ;
   launch<forward_kernel<F>>({.name = "forward",
-                             .blocks = tiles * p.num_heads * p.batch,
+                             .blocks = p.query_tiles(F::kBlockQ) * p.num_heads * p.slots(),
                              .threads = F::kThreads,
                              .shared_bytes = F::kSharedBytes,
                              .stream = stream},

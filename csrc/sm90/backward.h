@@ -77,9 +77,9 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.p = {params};
   sm80::BackwardArguments& p = a.p;
   const MaskParams& m = p.mask;
-  const int64_t groups = int64_t{p.batch} * p.num_heads_k;
-  const int64_t blocks = (m.seqlen_k + B::kBlockK - 1) / B::kBlockK, total = blocks * groups;
-  const int64_t tiles = (m.seqlen_q + B::kBlockQ - 1) / B::kBlockQ, group_tiles = p.heads_per_group * tiles;
+  const int64_t groups = int64_t{p.slots()} * p.num_heads_k, counted = int64_t{p.batch} * p.num_heads_k;
+  const int64_t blocks = p.key_tiles(B::kBlockK), total = blocks * groups;
+  const int64_t tiles = p.query_tiles(B::kBlockQ), group_tiles = p.heads_per_group * tiles;
   a.accum_rows = static_cast<int>(group_tiles * B::kBlockQ);
   Carver carver(p.scratch);
   carve_row_terms(p, carver);
@@ -89,12 +89,12 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
     sm80::carve_dq<B>(p, carver);
   }
   constexpr int kCounters = sizeof(Counters) / sizeof(int);
-  a.num_counters = kCounters + 2 * groups;
+  a.num_counters = kCounters + 2 * counted;
   int* counters = carver.take<int>(a.num_counters);
   if (!p.scratch) return carver.bytes();
   a.counters = reinterpret_cast<Counters*>(counters);
   a.cleared = counters + kCounters;
-  a.added = a.cleared + groups;
+  a.added = a.cleared + counted;
 
   if (std::max(total, groups * group_tiles) > 0x7fffffff)
     throw std::runtime_error("hf_flash_patch: backward: more than 2^31 - 1 blocks of keys or tiles of queries");
@@ -112,7 +112,7 @@ int64_t launch_backward(const BackwardParams& params, cudaStream_t stream) {
   a.section_heads = Divisor(section);
   a.num_heads_k = Divisor(p.num_heads_k);
 
-  const int batch = m.cu_seqlens_q ? 1 : p.batch;
+  const int batch = p.slots();
   a.q = tensor_map(p.q, p.head_dim, p.rows_q, p.num_heads, batch, B::TileQ::kPanel, B::kBlockQ, kBf16);
   a.dout = tensor_map(p.dout, p.head_dim, p.rows_q, p.num_heads, batch, B::TileQ::kPanel, B::kBlockQ, kBf16);
   a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, B::TileK::kPanel, B::kBlockK, kBf16);

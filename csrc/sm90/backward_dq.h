@@ -7,19 +7,20 @@
 
 namespace hfp::sm90 {
 
-// One tile of dQ of one head. Tiles come in the order of the work, group by group of heads that share keys.
+// One tile of dQ of one head. Tiles come in the order of the work, group by group of heads that share keys: `order`.
+// What is counted is counted by sequence.
 template <class B>
 struct DqTile {
-  int group, head, row0;
+  int order, group, head, row0;
   Sequence seq;
 
   __device__ DqTile(const BackwardArguments& a, int index)
-      : group(0), head(0), row0(0), seq(a.p.mask, locate(a, index)) {}
+      : order(0), group(0), head(0), row0(0), seq(a.p.mask, locate(a, index)) {}
   __device__ bool exists() const { return row0 < seq.seqlen_q; }
   __device__ float* accumulator(const BackwardArguments& a) const {
     return a.p.dq_accum + (head * a.p.scratch_rows + seq.scratch_row(a.p.mask) + row0) * B::kHeadDim;
   }
-  // What there is of the group: tiles to be cleared, key blocks that add to them.
+  // What there is of the group in its sequence: tiles to be cleared, key blocks that add to them.
   __device__ int tiles(const BackwardArguments& a) const {
     return a.p.heads_per_group * ((seq.seqlen_q + B::kBlockQ - 1) / B::kBlockQ);
   }
@@ -29,12 +30,14 @@ struct DqTile {
   // Sets everything but the sequence, returns that.
   __device__ int locate(const BackwardArguments& a, int index) {
     uint32_t rest, tile, head_k;
-    group = static_cast<int>(a.group_tiles.divide(index, rest));
+    order = static_cast<int>(a.group_tiles.divide(index, rest));
     const int in_group = static_cast<int>(a.tiles.divide(rest, tile));
-    const int sequence = static_cast<int>(a.num_heads_k.divide(group, head_k));
+    const int slot = static_cast<int>(a.num_heads_k.divide(order, head_k));
+    const SequenceTile at = find_tile<B::kBlockQ>(a.p.mask.cu_seqlens_q, a.p.batch, slot, static_cast<int>(tile));
+    group = at.sequence * a.p.num_heads_k + static_cast<int>(head_k);
     head = static_cast<int>(head_k) * a.p.heads_per_group + in_group;
-    row0 = static_cast<int>(tile) * B::kBlockQ;
-    return sequence;
+    row0 = at.tile * B::kBlockQ;
+    return at.sequence;
   }
 };
 
@@ -145,9 +148,9 @@ class Tidier {
   __device__ bool clear() {
     if (next_ >= a_.total_tiles) return false;
     const DqTile<B> tile(a_, next_);
-    if (tile.group >= groups_wanted_) {
+    if (tile.order >= groups_wanted_) {
       groups_wanted_ = groups_wanted();
-      if (tile.group >= groups_wanted_) return false;
+      if (tile.order >= groups_wanted_) return false;
     }
     if (tile.exists() && lane_ == 0) {
       float* to = tile.accumulator(a_);

@@ -133,15 +133,15 @@ struct BackwardArguments {
   CUtensorMap q, dout, k, v, dk, dv;
   sm80::BackwardArguments p;
   Counters* counters;     // followed by
-  int* cleared;           // [groups] tiles of dQ that are
-  int* added;             // [groups] key blocks that have added to dQ
+  int* cleared;           // [batch, num_heads_k] tiles of dQ that are
+  int* added;             // [batch, num_heads_k] key blocks that have added to dQ
   int64_t num_counters;   // all of them
-  int groups;             // of heads that share keys, over all sequences
+  int groups;             // of heads that share keys, over all slots
   int total_tiles;        // of queries
-  Divisor tiles;          // of a head
+  Divisor tiles;          // of a head in a slot
   Divisor group_tiles;    // of a group
-  int blocks;             // of keys
-  int total;              // of all key heads and sequences
+  int blocks;             // of keys in a slot
+  int total;              // of all key heads and slots
   int accum_rows;         // of dQ's accumulator, a thread block's, if groups are owned
   Divisor section_items;  // a section is a few heads whose blocks are interleaved, so that the longest of all run first
   Divisor section_heads;
@@ -166,10 +166,13 @@ struct KeyBlock {
   __device__ int locate(const BackwardArguments& a, int item) {
     uint32_t rest, in_section, head;
     const uint32_t section = a.section_items.divide(item, rest);
-    block = static_cast<int>(a.section_heads.divide(rest, in_section));
-    const uint32_t sequence = a.num_heads_k.divide(section * a.section_heads.divisor() + in_section, head);
+    const uint32_t in_slot = a.section_heads.divide(rest, in_section);
+    const uint32_t slot = a.num_heads_k.divide(section * a.section_heads.divisor() + in_section, head);
+    const SequenceTile at =
+        find_tile<B::kBlockK>(a.p.mask.cu_seqlens_k, a.p.batch, static_cast<int>(slot), static_cast<int>(in_slot));
+    block = at.tile;
     head_k = static_cast<int>(head);
-    return static_cast<int>(sequence);
+    return at.sequence;
   }
 };
 

@@ -54,17 +54,17 @@ template <typename Element, int kHeadDim, Variant kVariant, int kConsumers, bool
 void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   using F = Forward<Element, kHeadDim, kVariant, kConsumers, kKeepsReference>;
   constexpr bool kBf16 = std::is_same_v<Element, bf16>;
-  const int batch = p.mask.cu_seqlens_q ? 1 : p.batch;
+  const int batch = p.slots(), heads = p.num_heads * batch;
   ForwardArguments a;
   a.p = p;
   a.q = tensor_map(p.q, p.head_dim, p.rows_q, p.num_heads, batch, F::TileQ::kPanel, 64, kBf16);
   a.k = tensor_map(p.k, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
   a.v = tensor_map(p.v, p.head_dim, p.rows_k, p.num_heads_k, batch, F::TileK::kPanel, F::kBlockK, kBf16);
-  a.tiles = (p.mask.seqlen_q + F::kBlockQ - 1) / F::kBlockQ;
+  const int64_t tiles = p.query_tiles(F::kBlockQ);
   a.out = tensor_map(p.out, p.head_dim, p.rows_q, p.num_heads, batch, F::TileQ::kPanel, 16, kBf16);
-  const int64_t total = int64_t{a.tiles} * p.num_heads * p.batch;
-  if (total > 0x7fffffff) throw std::runtime_error("hf_flash_patch: forward: more than 2^31 - 1 tiles");
-  a.total = static_cast<int>(total);
+  if (tiles * heads > 0x7fffffff) throw std::runtime_error("hf_flash_patch: forward: more than 2^31 - 1 tiles");
+  a.tiles = static_cast<int>(tiles);
+  a.total = a.tiles * heads;
   const int blocks = std::min(a.total, multiprocessors());
   int section = 1;
   if (blocks == a.total) {
@@ -72,7 +72,6 @@ void launch_forward(const AttentionParams& p, cudaStream_t stream) {
   } else if (a.p.tile_counter) {
     check(cudaMemsetAsync(a.p.tile_counter, 0, sizeof(int), stream), "forward");
     // K and V of a section stay in the L2 cache.
-    const int heads = p.num_heads * p.batch;
     section = section_size(heads, 4 * int64_t{p.mask.seqlen_k} * p.head_dim, a.tiles, /*waves=*/heads);
   }
   a.section_tiles = Divisor(section * a.tiles);

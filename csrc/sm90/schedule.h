@@ -39,7 +39,7 @@ inline int section_size(int all, int64_t bytes_each, int64_t tiles_each, int64_t
 struct ForwardArguments {
   CUtensorMap q, k, v, out;
   AttentionParams p;
-  int tiles;              // of a head
+  int tiles;              // of a head in a slot
   int total;              // of all heads and sequences
   Divisor section_tiles;  // a section is a few heads whose tiles are interleaved, so that the longest of all run first
   Divisor section_heads;
@@ -82,10 +82,12 @@ struct Work {
     uint32_t rest, in_section, head_index;
     const uint32_t section = a.section_tiles.divide(tile, rest);
     const uint32_t from_end = a.section_heads.divide(rest, in_section);
-    const uint32_t sequence = a.num_heads.divide(section * a.section_heads.divisor() + in_section, head_index);
-    row0 = (a.tiles - 1 - static_cast<int>(from_end)) * F::kBlockQ;
+    const uint32_t slot = a.num_heads.divide(section * a.section_heads.divisor() + in_section, head_index);
+    const SequenceTile at = find_tile<F::kBlockQ>(a.p.mask.cu_seqlens_q, a.p.batch, static_cast<int>(slot),
+                                                  a.tiles - 1 - static_cast<int>(from_end));
+    row0 = at.tile * F::kBlockQ;
     head = static_cast<int>(head_index);
-    return static_cast<int>(sequence);
+    return at.sequence;
   }
 };
 
