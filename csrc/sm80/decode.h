@@ -35,15 +35,27 @@ struct Decode {
   using Combiner = Decode<Element, kHeadDim, kManyRows, Variant::kPlain>;  // one for every variant
 
   // Shared memory: stages of K and V, then Q. Afterwards, in their place, what the warps exchange: rows of fp32 that
-  // step by 8 banks, and sums.
+  // step by 8 banks, and sums. Where there is room for both at a time, and a second Q, copies go on from head to head.
   static constexpr int kStageBytes = 2 * TileK::kBytes;
   static constexpr int kPitch = kHeadDim + 8;
   static constexpr int kExchangeBytes = kWarpsK * kRows * (kPitch + 2) * 4;
   static constexpr int kMaxStages = 6;
-  static constexpr int shared_bytes(int stages) {
+  static constexpr int shared_bytes(int stages, bool flows = false) {
+    if (flows) return stages * kStageBytes + 2 * TileQ::kBytes + kExchangeBytes;
     return std::max(stages * kStageBytes + TileQ::kBytes, kExchangeBytes);
   }
   static_assert(kRows <= (kManyRows ? kDecodeRows : kDecodeFewRows) && shared_bytes(2) <= kDecodeBytes);
+};
+
+// The ring of stages, as one piece of work leaves it to the next.
+struct Flow {
+  int num_stages;
+  bool flows;         // copies for the next piece may begin before this one ends
+  bool primed;        // those of this piece's first blocks have
+  uint32_t stage;     // of block i, and of block i + num_stages after it
+  uint32_t q;         // where Q is, and
+  uint32_t q_next;    // will be
+  uint32_t exchange;  // and what the warps exchange
 };
 
 // Copies packed rows [row0, row0 + kRows) to a tile; `group` points at row 0 of the group's first head.
@@ -76,18 +88,20 @@ struct Piece {
   int block, count;  // the first key block, and how many
   bool whole;        // all that the tile meets
   bool first;        // of the thread block's pieces
+  bool primes;       // the next head's first blocks, of the same tile, of which it has enough
 };
 
 template <class D>
 __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typename D::PackedTile& tile, int head_k,
-                                             const Piece& piece, unsigned char* shared, int num_stages) {
+                                             const Piece& piece, unsigned char* shared, Flow& flow) {
   using Element = typename D::Element;
   using TileQ = typename D::TileQ;
   using TileK = typename D::TileK;
   constexpr int kM = D::kM, kNS = D::kKeys / 8, kNO = D::kHeadDim / 8, kRows = D::kRows, kPitch = D::kPitch;
   const DecodeParams& p = a.p;
 
-  const uint32_t stages = smem_address(shared), tile_q = stages + num_stages * D::kStageBytes;
+  const int num_stages = flow.num_stages;
+  const uint32_t stages = smem_address(shared), tile_q = stages + flow.q;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_row = warp % D::kWarpsQ * kM * 16, warp_k = warp / D::kWarpsQ;
   const int row = tile.row0 + warp_row + lane / 4, rows = tile.rows;
@@ -106,9 +120,9 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
   Softmax<kM> softmax;
   // The first steps only load: the instructions that do are then there once, and a short kernel is mostly the first
   // fetch of its instructions.
-  uint32_t stage = 0;  // of block i, and of block i + num_stages after it
+  uint32_t stage = flow.stage;
 #pragma unroll 1
-  for (int i = -num_stages; i < piece.count; ++i) {
+  for (int i = flow.primed ? 0 : -num_stages; i < piece.count; ++i) {
     if (i >= 0) {
       const int n = piece.block + i, start = n * D::kBlockK + warp_k * D::kKeys;
       cp_async_wait_all_but(num_stages - 1);
@@ -154,21 +168,26 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
           o, prob, not_hoisted(frag_v) + stage);
       __syncthreads();  // nobody reads them any more
     }
-    if (const int next = i + num_stages; next < piece.count) {
-      k.load(stages + stage, (piece.block + next) * D::kBlockK, seq.seqlen_k);
-      v.load(stages + stage + TileK::kBytes, (piece.block + next) * D::kBlockK, seq.seqlen_k);
+    const int next = i + num_stages;
+    const bool of_next = next >= piece.count;  // head
+    if (!of_next || piece.primes) {
+      const int start = (of_next ? tile.blocks.begin + next - piece.count : piece.block + next) * D::kBlockK;
+      k.load(stages + stage, start, seq.seqlen_k, of_next ? p.k.head_stride : 0);
+      v.load(stages + stage + TileK::kBytes, start, seq.seqlen_k, of_next ? p.v.head_stride : 0);
     }
-    if (i == -num_stages) {
-      load_packed<TileQ, D::kThreads>(tile_q, a,
-                                      row_pointer<Element>(p.q, seq.batch, seq.offset_q, head_k * p.heads_per_group),
-                                      tile.row0, rows, thread);
+    const bool primes_q = piece.primes && next == piece.count;
+    if (i == -num_stages || primes_q) {
+      const int head = (head_k + primes_q) * p.heads_per_group;
+      load_packed<TileQ, D::kThreads>(stages + (primes_q ? flow.q_next : flow.q), a,
+                                      row_pointer<Element>(p.q, seq.batch, seq.offset_q, head), tile.row0, rows,
+                                      thread);
     }
     stage = stage + D::kStageBytes == num_stages * D::kStageBytes ? 0 : stage + D::kStageBytes;
     cp_async_commit();
   }
 
   // Add up the warps' keys. No address in here is worth a register in the loop.
-  float* results = reinterpret_cast<float*>(shared);  // [kWarpsK][kRows][kPitch]
+  float* results = reinterpret_cast<float*>(shared + flow.exchange);  // [kWarpsK][kRows][kPitch]
   float2* sums = reinterpret_cast<float2*>(results + D::kWarpsK * kRows * kPitch);
   const int mine = not_hoisted(warp_k * kRows + warp_row + lane / 4);
 #pragma unroll
@@ -206,21 +225,36 @@ __device__ __forceinline__ void decode_piece(const DecodeArguments& a, const typ
     }
   }
   __syncthreads();  // nobody reads the results any more
+  flow.primed = piece.primes;
+  flow.stage = stage;
+  if (piece.primes) {
+    const uint32_t before = flow.q;
+    flow.q = flow.q_next;
+    flow.q_next = before;
+  }
 }
 
 template <class D>
 __global__ void __launch_bounds__(D::kThreads, 2)
-    decode_kernel(const __grid_constant__ DecodeArguments a, const int num_stages) {
+    decode_kernel(const __grid_constant__ DecodeArguments a, const int num_stages, const bool flows) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_kernel_start();
   bool first = true;
+  Flow flow{.num_stages = num_stages, .flows = flows, .primed = false, .stage = 0, .q = 0};
+  flow.q = num_stages * D::kStageBytes;
+  flow.q_next = flow.q + D::TileQ::kBytes;
+  flow.exchange = flows ? flow.q_next + D::TileQ::kBytes : 0;
   walk_share<D::kThreads, typename D::PackedTile>(
       a, blockIdx.x, [&](const typename D::PackedTile& tile, const PackedHead& head, int at, int last, const Shares&) {
         const int done = at - head.begin, count = min(head.length - done, last - at);
-        decode_piece<D>(
-            a, tile, head.head_k,
-            {.block = tile.blocks.begin + done, .count = count, .whole = count == head.length, .first = first}, shared,
-            num_stages);
+        const int of_next = head.head_k + 1 < a.p.num_heads_k ? min(head.length, last - at - count) : 0;
+        decode_piece<D>(a, tile, head.head_k,
+                        {.block = tile.blocks.begin + done,
+                         .count = count,
+                         .whole = count == head.length,
+                         .first = first,
+                         .primes = flow.flows && of_next >= flow.num_stages},
+                        shared, flow);
         first = false;
         return at + count;
       });
@@ -236,13 +270,16 @@ int64_t launch_decode(const DecodeParams& params, cudaStream_t stream) {
   p.partial_out = carver.take<float>(rows * D::kHeadDim);
   p.partial_sums = carver.take<float>(rows * 2);
   if (!p.scratch) return carver.bytes();
-  const int stages = std::min((p.shared_bytes - D::TileQ::kBytes) / D::kStageBytes, D::kMaxStages);
+  // Between two heads memory would idle for 2 us, 3% where a thread block reads two or four of 4k keys.
+  const int beside = (p.shared_bytes - D::shared_bytes(0, /*flows=*/true)) / D::kStageBytes;
+  const bool flows = beside >= 4;
+  const int stages = std::min(flows ? beside : (p.shared_bytes - D::TileQ::kBytes) / D::kStageBytes, D::kMaxStages);
   launch<decode_kernel<D>>({.name = "decode",
                             .blocks = p.blocks,
                             .threads = D::kThreads,
-                            .shared_bytes = D::shared_bytes(stages),
+                            .shared_bytes = D::shared_bytes(stages, flows),
                             .stream = stream},
-                           a, stages);
+                           a, stages, flows);
   using C = typename D::Combiner;
   launch<combine_kernel<C>>({.name = "combine",
                              .blocks = p.blocks,
