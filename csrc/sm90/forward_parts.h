@@ -80,6 +80,18 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
   Stage<F::kStagesQ> q(1);
   Arrivals arrivals(&bars->landed);
   const bool ends_inside = a.p.mask.cu_seqlens_k || a.p.mask.seqused_k;  // a sequence's keys, before the tensor's
+  struct Block {
+    int row, own, head_k, batch;
+  } before = {};  // the block that K was sent for last
+  bool is_any = false;
+  const auto send_v = [&] {
+    barrier_wait(smem_address(bars->v_empty + v.index), v.parity);
+    // Of K such rows need nothing: their logits are masked.
+    const Arrival to{tile_v + v.index * TileK::kBytes, smem_address(bars->v_full + v.index), before.own};
+    arrivals.send<TileK>(to, &a.v, before.row, before.head_k, before.batch);
+    if (arrivals.await()) arrivals.complete<TileK>(to);
+    v.next();
+  };
 #pragma unroll 1
   for (auto queue = tiles_of<F>(a, bars); queue.valid(); queue.announce(), queue.next(false)) {
     const Work<F> work(a, queue.tile());
@@ -100,45 +112,35 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
       }
       continue;
     }
-    const auto load_k = [&] {  // returns which block
-      const typename F::Note note{blocks.block, blocks.bits};
+    // As the consumers ask for them, also from tile to tile: K, V of the block before, Q.
+#pragma unroll 1
+    for (bool is_first = true; blocks.valid(); is_first = false) {
+      const int block = blocks.block, bits = blocks.bits;
       blocks.next();
+      if (!blocks.valid()) queue.claim();
       barrier_wait(smem_address(bars->k_empty + k.index), k.parity);
-      if (F::kTold) bars->note[k.index] = {note.block, note.bits, !blocks.valid()};
+      if (F::kTold) bars->note[k.index] = {block, bits, !blocks.valid()};
       const uint32_t bar = smem_address(bars->k_full + k.index);
       barrier_expect(bar, TileK::kBytes);
-      TileK::load(tile_k + k.index * TileK::kBytes, &a.k, bar, key0 + note.block * F::kBlockK, head_k, batch);
+      const int row = key0 + block * F::kBlockK;
+      TileK::load(tile_k + k.index * TileK::kBytes, &a.k, bar, row, head_k, batch);
       k.next();
-      return note.block;
-    };
-    int n = load_k();
+      if (is_any) send_v();
+      is_any = true;
+      before = {row, ends_inside ? work.seq.seqlen_k - block * F::kBlockK : F::kBlockK, head_k, batch};
+      if (!is_first) continue;
 #pragma unroll
-    for (int w = 0; w < F::kConsumers; ++w) {
-      const int at = q.index * F::kConsumers + w;
-      barrier_wait(smem_address(bars->q_empty + at), q.parity);
-      const uint32_t bar = smem_address(bars->q_full + at);
-      barrier_expect(bar, TileQ::kBytes);
-      TileQ::load(tile_q + at * TileQ::kBytes, &a.q, bar, query0 + 64 * w, work.head, batch);
-    }
-    q.next();
-#pragma unroll 1
-    for (bool more = true; more;) {
-      const int before = n;
-      more = blocks.valid();
-      if (more) {
-        n = load_k();
-      } else {
-        queue.claim();
+      for (int w = 0; w < F::kConsumers; ++w) {
+        const int at = q.index * F::kConsumers + w;
+        barrier_wait(smem_address(bars->q_empty + at), q.parity);
+        const uint32_t bar_q = smem_address(bars->q_full + at);
+        barrier_expect(bar_q, TileQ::kBytes);
+        TileQ::load(tile_q + at * TileQ::kBytes, &a.q, bar_q, query0 + 64 * w, work.head, batch);
       }
-      barrier_wait(smem_address(bars->v_empty + v.index), v.parity);
-      // Of K such rows need nothing: their logits are masked.
-      const Arrival to{tile_v + v.index * TileK::kBytes, smem_address(bars->v_full + v.index),
-                       ends_inside ? work.seq.seqlen_k - before * F::kBlockK : F::kBlockK};
-      arrivals.send<TileK>(to, &a.v, key0 + before * F::kBlockK, head_k, batch);
-      if (arrivals.await()) arrivals.complete<TileK>(to);
-      v.next();
+      q.next();
     }
   }
+  if (is_any) send_v();
 }
 
 }  // namespace hfp::sm90
