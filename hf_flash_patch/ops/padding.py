@@ -18,8 +18,9 @@ def pack_key_padding(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         key_range: int32 (batch, 2), first real key and one past the last; (0, 0) where no key is
             real.
-        key_bits: int32 (batch, ceil(seqlen_k / 32)); bit j % 32 of word j // 32 is key j. Bits past
-            seqlen_k are 1, so that a row without holes has only full words up to its end.
+        key_bits: int32 (batch, ceil(seqlen_k / 32)); bit j % 32 of word j // 32 is key j. Bits
+            outside the range are 1: where padding has no holes every word is full, and the kernels,
+            whose test of a range is the cheaper one, test no key's bit.
 
     Raises:
         MaskError: if `mask` is not bool or not of rank 2.
@@ -40,7 +41,8 @@ def pack_key_padding(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     key_range = torch.stack((start, stop), dim=1).int()
 
     count = -(-seqlen_k // WORD_BITS)
-    padded = torch.nn.functional.pad(mask, (0, count * WORD_BITS - seqlen_k), value=True)
+    seen = mask | (index < start[:, None]) | (index >= stop[:, None])
+    padded = torch.nn.functional.pad(seen, (0, count * WORD_BITS - seqlen_k), value=True)
     bit = torch.arange(WORD_BITS, device=mask.device)
     words = (padded.view(batch, count, WORD_BITS).long() << bit).sum(dim=2)
     # Two's complement: the word's 32 bits, read as a signed number.

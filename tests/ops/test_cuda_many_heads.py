@@ -92,6 +92,18 @@ def test_short_tiles(seqlen_k, head_dim):
             assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_tiles_that_see_nothing(head_dim):
+    """A row of them, as of padding on the left, among others; into memory full of NaN."""
+    for features in (("causal", "padding"), ("window", "padding", "gqa"), ("causal", "seqused")):
+        problem = problem_of(features, seqlen_q=900, head_dim=head_dim)
+        poison = [torch.full_like(problem.q, float("nan")) for _ in range(8)]
+        del poison
+        check_forward(problem, backend="cuda")
+    problem = problem_of(("causal",), seqlen_q=900, head_dim=head_dim)
+    check_forward(with_random_blocks(problem, 1, 4, 128), backend="cuda")
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_are_the_same_every_time(head_dim):
     """Also of the queries, undemanded: whole heads are owned."""

@@ -19,18 +19,21 @@ def test_bits_and_range_say_the_mask(batch, seqlen_k, density, seed):
     key_range, key_bits = pack_key_padding(mask)
     assert key_range.dtype == key_bits.dtype == torch.int32
     assert key_bits.shape == (batch, -(-seqlen_k // 32))
-    assert torch.equal(unpack_key_bits(key_bits, seqlen_k), mask)
+    bits = unpack_key_bits(key_bits, seqlen_k)
     for b in range(batch):
         real = mask[b].nonzero().flatten().tolist()
-        assert key_range[b].tolist() == ([real[0], real[-1] + 1] if real else [0, 0])
+        start, stop = (real[0], real[-1] + 1) if real else (0, 0)
+        assert key_range[b].tolist() == [start, stop]
+        assert torch.equal(bits[b, start:stop], mask[b, start:stop])
+        assert bits[b, :start].all() and bits[b, stop:].all()
 
 
 def test_words():
     mask = torch.zeros(1, 40, dtype=torch.bool)
-    mask[0, [0, 31, 33]] = True
+    mask[0, [3, 31, 33]] = True
     _, key_bits = pack_key_padding(mask)
-    # Bits past seqlen_k are 1, so that full words stay full.
-    assert [word & 0xFFFFFFFF for word in key_bits[0].tolist()] == [0x80000001, 0xFFFFFF02]
+    # Bits before the first real key and behind the last are 1, so that full words stay full.
+    assert [word & 0xFFFFFFFF for word in key_bits[0].tolist()] == [0x8000000F, 0xFFFFFFFE]
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 5), torch.ones(5, dtype=torch.bool)])
