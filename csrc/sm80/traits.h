@@ -12,7 +12,7 @@ namespace hfp::sm80 {
 // (docs/kernel-notes.md). Bytes beyond these limits fail the build.
 // ptxas-spill-ok(sm8014forward_kernel, 260): loop invariants only
 // ptxas-spill-ok(sm8015backward_kernel, 400): loop invariants only
-// ptxas-spill-ok(sm8013decode_kernel, 90): once a tile, none in the main loop
+// ptxas-spill-ok(sm8013decode_kernel, 40): once a tile, none in the main loop
 
 struct sm80 {};
 struct sm86 {};

@@ -13,7 +13,7 @@ namespace hfp::sm90 {
 
 // What spills: per tile, its description; without a search for the maximum also, per block, a barrier's number and a
 // sum, and what a block whose logits are made again needs.
-// ptxas-spill-ok(sm9014forward_kernel, 340): in the loop one load, in front of a turn
+// ptxas-spill-ok(sm9014forward_kernel, 130): in the loop one load, in front of a turn
 
 template <class F>
 __global__ void __launch_bounds__(F::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArguments a) {
