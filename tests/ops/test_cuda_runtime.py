@@ -86,6 +86,9 @@ def test_cuda_graph(features):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = forward_backward(problem, backend="cuda", deterministic=True)
+    # A capture begins with setting torch's seed for graphs, on its own stream, for which no replay
+    # waits: on a busy GPU that came after the first replay had set its own, twice so far.
+    torch.cuda.synchronize()
     torch.manual_seed(3)
     graph.replay()
     first = tuple(x.clone() for x in captured)
