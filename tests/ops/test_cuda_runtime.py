@@ -87,7 +87,7 @@ def test_cuda_graph(features):
     with torch.cuda.graph(graph):
         captured = forward_backward(problem, backend="cuda", deterministic=True)
     # A capture begins with setting torch's seed for graphs, on its own stream, for which no replay
-    # waits: on a busy GPU that came after the first replay had set its own, twice so far.
+    # waits: on a busy GPU that may come after the first replay has set its own.
     torch.cuda.synchronize()
     torch.manual_seed(3)
     graph.replay()
