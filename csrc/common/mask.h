@@ -67,13 +67,24 @@ class Mask {
       keys_.end = min(p.key_range[2 * seq.batch + 1], seq.seqlen_k);
     }
     docs_ = p.doc_range ? p.doc_range + 2 * static_cast<int64_t>(seq.batch) * p.seqlen_q : nullptr;
-    bits_ = p.key_bits ? p.key_bits + seq.batch * p.key_bits_stride : nullptr;
+    has_bits_ = p.key_bits != nullptr;
   }
 
   __device__ const BlockLists& lists() const { return p_->lists; }
   // Which list a query head reads.
   __device__ int list_of(int head) const {
     return sequence_ * p_->lists.lists_per_sequence + head / p_->lists.heads_per_list;
+  }
+
+  // Forgets the bits if all of these keys are real: where padding has no holes, a few loads a tile instead of a few a
+  // block. For whole warps.
+  __device__ __forceinline__ void look_for_holes(const Range& keys) {
+    if (!has_bits_) return;
+    uint32_t every = 0xffffffffu;
+    for (int i = max(keys.begin, 0) / 32 + threadIdx.x % 32; 32 * i < min(keys.end, keys_.end); i += 32) {
+      every &= bits()[i];
+    }
+    has_bits_ = !__all_sync(0xffffffffu, every == 0xffffffffu);
   }
 
   // How far the diagonal lies to the right of the main diagonal: row i is at key position i + shift().
@@ -115,7 +126,7 @@ class Mask {
     unsigned why = 0;
     if (begin < span.all.begin) why |= kBeforeRange;
     if (begin + kBlockK > span.all.end) why |= kPastRange;
-    if (bits_) {
+    if (has_bits_) {
       uint32_t every = 0xffffffffu;
       constexpr int kWords = kBlockK % 32 == 0 ? kBlockK / 32 : (kBlockK + 46) / 32;  // that the block can touch
 #pragma unroll
@@ -144,7 +155,7 @@ class Mask {
   // nobody does, every row is both before the range and past it.
   __device__ Range rows_seeing(int j) const {
     constexpr int kFar = 1 << 30;
-    if (j < keys_.begin || j >= keys_.end || (bits_ && !(key_word(j & ~31) >> (j & 31) & 1u))) return {kFar, -kFar};
+    if (j < keys_.begin || j >= keys_.end || (has_bits_ && !(key_word(j & ~31) >> (j & 31) & 1u))) return {kFar, -kFar};
     Range rows{0, rows_};
     if (p_->window_right >= 0) rows.begin = max(rows.begin, j - shift_ - p_->window_right);
     if (p_->window_left >= 0) rows.end = min(rows.end, j - shift_ + p_->window_left + 1);
@@ -156,16 +167,18 @@ class Mask {
   }
 
   // Bits of keys [begin, begin + 32), begin a multiple of 32, where there are bits.
-  __device__ uint32_t key_word(int begin) const { return begin < p_->seqlen_k ? bits_[begin / 32] : 0u; }
+  __device__ uint32_t key_word(int begin) const { return begin < p_->seqlen_k ? bits()[begin / 32] : 0u; }
 
  private:
+  __device__ const uint32_t* bits() const { return p_->key_bits + sequence_ * p_->key_bits_stride; }
+
   const MaskParams* p_;
   int sequence_;
   int rows_;
   int shift_;
   Range keys_;
   const int* docs_;
-  const uint32_t* bits_;
+  bool has_bits_;
 };
 
 }  // namespace hfp

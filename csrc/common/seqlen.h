@@ -58,6 +58,9 @@ struct Sequence {
   }
 };
 
+// Whether a sequence's keys may end where the tensor goes on.
+__device__ inline bool keys_end_inside(const MaskParams& p) { return p.cu_seqlens_k || p.seqused_k; }
+
 template <typename T>
 __device__ T* row_pointer(const TensorView& t, int64_t batch, int64_t row, int64_t head) {
   return static_cast<T*>(t.data) + batch * t.batch_stride + row * t.row_stride + head * t.head_stride;

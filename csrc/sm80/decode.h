@@ -240,10 +240,14 @@ __global__ void __launch_bounds__(D::kThreads, 2)
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_kernel_start();
   bool first = true;
-  Flow flow{.num_stages = num_stages, .flows = flows, .primed = false, .stage = 0, .q = 0};
-  flow.q = num_stages * D::kStageBytes;
-  flow.q_next = flow.q + D::TileQ::kBytes;
-  flow.exchange = flows ? flow.q_next + D::TileQ::kBytes : 0;
+  const uint32_t q = num_stages * D::kStageBytes, q_next = q + D::TileQ::kBytes;
+  Flow flow{.num_stages = num_stages,
+            .flows = flows,
+            .primed = false,
+            .stage = 0,
+            .q = q,
+            .q_next = q_next,
+            .exchange = flows ? q_next + D::TileQ::kBytes : 0};
   walk_share<D::kThreads, typename D::PackedTile>(
       a, blockIdx.x, [&](const typename D::PackedTile& tile, const PackedHead& head, int at, int last, const Shares&) {
         const int done = at - head.begin, count = min(head.length - done, last - at);

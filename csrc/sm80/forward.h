@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocksPerSM)
   const Sequence seq(p.mask, batch);
   if (row0 >= seq.seqlen_q) return;
 
-  const Mask mask(p.mask, seq);
+  Mask mask(p.mask, seq);
   const TileSpan span = mask.tile_span(row0, row0 + kBlockQ);
+  mask.look_for_holes(span.any);
   KeyBlocks<kBlockK, reads_lists(F::kVariant)> cursor(mask, span, row0, head);
 
   using LoaderQ = RowLoader<TileQ, F::kThreads, Element>;

@@ -196,7 +196,7 @@ class Planner {
       const KeyBlock<B> work(a_, queue.tile());
       if (!work.exists()) continue;
       QueryTiles<B> at(work.mask, work.block, work.head_k * p.heads_per_group, p.heads_per_group, a_.p.dq_turn);
-      const bool ends_inside = p.mask.cu_seqlens_k || p.mask.seqused_k;  // a sequence's keys, before the tensor's
+      const bool ends_inside = keys_end_inside(p.mask);
       const unsigned own_k = ends_inside ? min(work.seq.seqlen_k - work.key0(), B::kBlockK) : B::kBlockK;
       unsigned flags = B::kFirst;
       const int group = work.seq.batch * p.num_heads_k + work.head_k;

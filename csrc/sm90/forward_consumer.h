@@ -121,6 +121,7 @@ class Consumer {
     for (; queue.valid(); queue.next(true)) {
       work = Work<F>(a_, queue.tile());
       if (!uniform(work.exists())) continue;
+      work.mask.look_for_holes(work.span.any);
       if (begins(work)) return true;
       Softmax<1> nothing;
       float o[1][kNO][4];

@@ -79,7 +79,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::B
   Stage<F::kStages> k(1), v(1);
   Stage<F::kStagesQ> q(1);
   Arrivals arrivals(&bars->landed);
-  const bool ends_inside = a.p.mask.cu_seqlens_k || a.p.mask.seqused_k;  // a sequence's keys, before the tensor's
+  const bool ends_inside = keys_end_inside(a.p.mask);
   struct Block {
     int row, own, head_k, batch;
   } before = {};  // the block that K was sent for last
