@@ -440,9 +440,20 @@ def test_native_loading_needs_no_patch(tmp_path):
         assert_close(native(token_ids()).logits, model(token_ids()).logits, "logits")
 
 
-def test_a_patch_keeps_no_model_alive():
-    model = tiny_model(AutoModelForCausalLM, "llama")
-    patch = hfp.patch(model)
+@pytest.mark.parametrize(
+    ("auto", "model_type", "settings"),
+    [
+        (AutoModelForCausalLM, "llama", {}),
+        (AutoModelForCausalLM, "llama", {"mask": "sliding_window(4)"}),
+        (AutoModelForCausalLM, "llama", {"max_length": 128}),
+        (AutoModelForCausalLM, "gpt2", {"max_length": 128}),
+        (AutoModelForMaskedLM, "bert", {"remove_padding": True}),
+    ],
+    ids=["plain", "mask", "rope", "table", "padding"],
+)
+def test_a_patch_keeps_no_model_alive(auto, model_type, settings):
+    model = tiny_model(auto, model_type)
+    patch = hfp.patch(model, **settings)
     reference = weakref.ref(model)
     del model
     gc.collect()

@@ -17,7 +17,7 @@ from ..integration.survey import pretrained_roots
 from ..integration.wrappers import compiled_or_sharded, holders
 from ..report import ContextReport, ContextRow
 from . import scaling, tables
-from .learned import TablePart, TablePlan, table_parts
+from .learned import GrownTable, TablePart, TablePlan, table_parts
 from .plan import Change, Settings, refuse_shrinking, set_attribute
 from .rope import RopePart, RopePlan, rope_parts
 from .tokenizer import check_tokenizer, tokenizer_of
@@ -70,7 +70,7 @@ def extend_context(
 
 
 class Extension:
-    """An extension that has been validated and computed, and not applied yet.
+    """An extension that has been validated and computed; once applied, it keeps no model alive.
 
     Attributes:
         report: what it does.
@@ -85,6 +85,7 @@ class Extension:
         tokenizer: Any,
     ):
         self._roots, self._plans, self._tokenizer = roots, plans, tokenizer
+        self._grown: list[GrownTable] = []
         self._max_length = settings.max_length
         self.report = _report(roots, changes, settings, tokenizer)
 
@@ -104,13 +105,16 @@ class Extension:
             for plan in self._plans:
                 plan.part.config = replaced.get(id(plan.part.config), plan.part.config)
         for plan in self._plans:
-            plan.apply(undo)
+            grown = plan.apply(undo)
+            if grown is not None:
+                self._grown.append(grown)
         for root in self._roots if self._plans else ():
             generation = getattr(root, "generation_config", None)
             if generation is not None and generation.max_length == self.report.before:
                 set_attribute(generation, "max_length", self._max_length, undo)
         if self._tokenizer is not None:
             set_attribute(self._tokenizer, "model_max_length", self._max_length, undo)
+        self._roots, self._plans = [], []
         return warnings_
 
     def check_undo(self) -> None:
@@ -119,8 +123,8 @@ class Extension:
         Raises:
             ContextExtensionError: it cannot, and why.
         """
-        for plan in self._plans:
-            plan.check_undo()
+        for table in self._grown:  # frequencies are not trained: their way back is always open
+            table.check_undo()
 
 
 def plan_extension(

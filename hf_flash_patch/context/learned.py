@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from ..errors import ContextExtensionError
 from ..families import Family, family_of
 from ..integration.wrappers import holders
 from . import tables
-from .plan import Change, Settings, copies_of, record_of, set_attribute, set_buffer, set_record
+from .plan import (
+    Change,
+    Settings,
+    copies_of,
+    record_of,
+    set_attribute,
+    set_buffer,
+    set_record,
+    undo_on,
+)
 
 # The best without training on a pretrained encoder; the figures are in docs/context.md.
 AUTO = "tile"
@@ -121,7 +131,6 @@ class TablePlan:
         buffers: module, name, new value.
         stated: the length that the config will state.
         change: for the report.
-        made: the new parameters and the versions they had when they were made.
     """
 
     part: TablePart
@@ -129,17 +138,20 @@ class TablePlan:
     buffers: list[tuple[nn.Module, str, Tensor]]
     stated: int
     change: Change
-    made: list[tuple[nn.Parameter, int]] = field(default_factory=list)
 
-    def apply(self, undo: contextlib.ExitStack) -> None:
-        """Change the model; `undo` collects the way back."""
-        part = self.part
+    def apply(self, undo: contextlib.ExitStack) -> GrownTable:
+        """Change the model; `undo` collects the way back.
+
+        Returns:
+            What knows whether that is still open.
+        """
+        part, made = self.part, []
         for old, users in _users(part.root, self.grown):
             new = nn.Parameter(self.grown[id(old)], requires_grad=old.requires_grad)
             vars(new).update(vars(old))  # transformers and others mark parameters
-            self.made.append((new, new._version))
+            made.append((new, new._version))
             for module, name in users:
-                undo.callback(_put_back, module, name, old)
+                undo_on(undo, module, _put_back, name, old)
                 module._parameters[name] = new
                 if isinstance(module, nn.Embedding):
                     set_attribute(module, "num_embeddings", len(new), undo)
@@ -157,6 +169,22 @@ class TablePlan:
                 set_attribute(config, "n_ctx", self.stated, undo)
             set_attribute(config, length, self.stated, undo)
             set_record(config, record, undo)
+        return GrownTable(part.where, weakref.ref(part.root), made)
+
+
+@dataclass
+class GrownTable:
+    """A table that was extended.
+
+    Attributes:
+        where: path of the table.
+        root: the model, which this does not keep alive.
+        made: the new parameters and the versions they had when they were made.
+    """
+
+    where: str
+    root: weakref.ref[PreTrainedModel]
+    made: list[tuple[nn.Parameter, int]]
 
     def check_undo(self) -> None:
         """Whether the old table can be put back.
@@ -164,17 +192,18 @@ class TablePlan:
         Raises:
             ContextExtensionError: it cannot, and why.
         """
-        held = holders(self.part.root)
+        root = self.root()
+        held = [] if root is None else holders(root)
         if held:
             raise ContextExtensionError(
-                f"{self.part.where} was extended and is held by {', '.join(held)} now; putting the "
+                f"{self.where} was extended and is held by {', '.join(held)} now; putting the "
                 "old table back would leave that with a table the model no longer has. Drop it "
                 "first, or keep the extended model."
             )
         for parameter, version in self.made:
             if parameter._version != version or parameter.grad is not None:
                 raise ContextExtensionError(
-                    f"{self.part.where} was extended and has been trained or loaded since; putting "
+                    f"{self.where} was extended and has been trained or loaded since; putting "
                     "the old table back would lose that. Keep the extended model, or load the "
                     "original one anew."
                 )

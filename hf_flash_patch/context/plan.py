@@ -1,13 +1,15 @@
 """What the parts of an extension share.
 
 A part (`TablePart`, `RopePart`) is one thing that limits the context. Its plan(settings) validates
-and computes everything and touches nothing; the plan's apply(undo) changes the model, and its
-check_undo() raises if the way back is closed.
+and computes everything and touches nothing; the plan's apply(undo) changes the model. What that
+leaves behind refers to the model weakly: a patch must not keep it alive.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +71,7 @@ def set_record(
     config: PreTrainedConfig, record: dict[str, Any], undo: contextlib.ExitStack
 ) -> None:
     """Write what was done into a config, where later extensions find it."""
-    undo.callback(_put_record, config, record_of(config))
+    undo_on(undo, config, _put_record, record_of(config))
     _put_record(config, record)
 
 
@@ -101,15 +103,32 @@ def copies_of(root: nn.Module, config: Any, *names: str) -> list[Any]:
     return [other for other in configs_of(root) if other is config or key(other) == wanted]
 
 
+def undo_on(
+    undo: contextlib.ExitStack, owner: Any, function: Callable[..., Any], *arguments: Any
+) -> None:
+    """Have function(owner, *arguments) called at undo, if the owner still lives then."""
+
+    def call(reference: weakref.ref[Any]) -> None:
+        living = reference()
+        if living is not None:
+            function(living, *arguments)
+
+    undo.callback(call, weakref.ref(owner))
+
+
 def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
     """Set an attribute of a config, tokenizer or module."""
-    undo.callback(setattr, owner, name, getattr(owner, name))
+    undo_on(undo, owner, setattr, name, getattr(owner, name))
     setattr(owner, name, value)
 
 
 def set_buffer(module: nn.Module, name: str, value: Any, undo: contextlib.ExitStack) -> None:
     """Set a buffer and leave it as persistent, or not, as it was."""
-    undo.callback(module._buffers.__setitem__, name, module._buffers[name])
+    undo_on(undo, module, _put_buffer, name, module._buffers[name])
+    _put_buffer(module, name, value)
+
+
+def _put_buffer(module: nn.Module, name: str, value: Any) -> None:
     module._buffers[name] = value
 
 

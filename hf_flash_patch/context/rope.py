@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ContextExtensionError
 from ..integration.configs import quiet_transformers
 from . import scaling
-from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record
+from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record, undo_on
 
 # Layers that see a window of neighbours never meet a distance they were not trained with.
 _LOCAL = ("sliding_attention", "chunked_attention")
@@ -288,8 +288,7 @@ class RopePlan:
         part = self.part
         copies = copies_of(part.root, part.config, "rope_parameters", "max_position_embeddings")
         for config in copies:
-            undo.callback(setattr, config, "rope_parameters", config.rope_parameters)
-            config.rope_parameters = copy.deepcopy(self.parameters)
+            set_attribute(config, "rope_parameters", copy.deepcopy(self.parameters), undo)
             set_attribute(config, "max_position_embeddings", self.maximum, undo)
             original = _own_original(config, self.parameters)
             if original is not None:
@@ -299,9 +298,6 @@ class RopePlan:
             _take_over(module, fresh, undo)
         for module, scale in self.scales:
             set_attribute(module, "scaling", scale, undo)
-
-    def check_undo(self) -> None:
-        """Frequencies are not trained, so the way back is always open."""
 
 
 def rope_parts(root: PreTrainedModel) -> list[RopePart]:
@@ -434,7 +430,7 @@ def _take_over(module: nn.Module, fresh: nn.Module, undo: contextlib.ExitStack) 
     before, buffers = dict(vars(module)), dict(module._buffers)
     persistent = set(module._non_persistent_buffers_set)
     device = next((b.device for b in module.buffers(recurse=False)), torch.device("cpu"))
-    undo.callback(_give_back, module, before, buffers, persistent)
+    undo_on(undo, module, _give_back, before, buffers, persistent)
     for name in set(before) - set(vars(fresh)):
         if name.endswith(("inv_freq", "max_seq_len_cached")):
             del vars(module)[name]  # what an earlier forward cached
