@@ -45,7 +45,8 @@ class AttentionMask:
             tokens of sequences (or documents) that were padded to seqlen_q: `tokens`, and at most
             `longest` of one.
         place: int64 (tokens,) or None; where in the padded batch those tokens were.
-        combined: this mask under patterns, by pattern, and as lists; see `sparse.under`.
+        combined: this mask under patterns, by pattern, and as lists, see `sparse.under`; and on
+            other devices.
     """
 
     batch_size: int
@@ -118,8 +119,17 @@ class AttentionMask:
         if dtype is not None:
             added = self.additive(dtype)
             return added if where is None else added.to(where, non_blocking=non_blocking)
-        if where is None:
+        if where is None or torch.device(where) == self.device:
             return self
+        # accelerate moves what each layer is given: a copy is made once a forward and device, so
+        # that what the layers share stays shared.
+        place = "on", torch.device(where)
+        if place not in self.combined:
+            self.combined[place] = self._moved(torch.device(where), non_blocking)
+        return self.combined[place]
+
+    def _moved(self, where: torch.device, non_blocking: bool) -> AttentionMask:
+        """A copy on another device."""
         moved: dict[str, Any] = {
             name: getattr(self, name).to(where, non_blocking=non_blocking)
             for name in (*_TENSORS, "dense")
@@ -129,7 +139,7 @@ class AttentionMask:
             moved["q_start"] = self.q_start.to(where, non_blocking=non_blocking)
         if self.block_mask is not None:
             moved["block_mask"] = self.block_mask.to(where)
-        return replace(self, device=torch.device(where), combined={}, _packed={}, **moved)
+        return replace(self, device=where, combined={}, _packed={}, **moved)
 
     def document_ranges(self, position_ids: torch.Tensor) -> torch.Tensor | None:
         """Ranges of the documents that `position_ids` tell apart; None if there is but one.

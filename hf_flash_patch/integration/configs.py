@@ -19,6 +19,11 @@ from .survey import configs_of
 CONTEXT_RECORD = "context"  # key in config.hfp of what an extension of the context did
 
 
+class Stored(dict):
+    """What stands in config.hfp: a dict, but a process that unpickles a patched model imports this
+    package by it, which registers the attention that the config names."""
+
+
 def own_configs(
     root: PreTrainedModel, keeps: str, undo: contextlib.ExitStack
 ) -> tuple[dict[int, Any], list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .configs import CONTEXT_RECORD, own_configs, quiet_transformers
+from .configs import CONTEXT_RECORD, Stored, own_configs, quiet_transformers
 from .registry import ATTENTION_NAME
 from .survey import AttentionModule, calls_us, configs_of
 
@@ -55,7 +55,7 @@ def switch(
         if module.implementation != ATTENTION_NAME:
             module.config._attn_implementation_internal = ATTENTION_NAME
     for config in (root.config, *(module.config for module in served)):
-        config.hfp = {**settings, **_record(config)}
+        config.hfp = Stored({**settings, **_record(config)})
     for module in served:
         if not calls_us(module.module):
             raise UnsupportedModelError(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 
+import accelerate
 import pytest
 import torch
 from transformers import (
@@ -18,6 +21,8 @@ from transformers import (
 
 import hf_flash_patch as hfp
 from hf_flash_patch import MaskError, masks
+from hf_flash_patch.integration import sparse
+from hf_flash_patch.integration.attention_mask import AttentionMask
 from tests.integration.tiny import (
     assert_close,
     logits_and_gradients,
@@ -407,3 +412,46 @@ def test_a_mask_that_the_name_alone_does_not_apply(tmp_path):
 def test_a_pattern_that_was_not_called():
     with pytest.raises(hfp.MaskError, match=r"call it: sliding_window\(\.\.\.\)"):
         hfp.patch(model_of("llama"), mask=masks.sliding_window)
+
+
+def test_hooks_that_move_masks_leave_what_layers_share(monkeypatch):
+    """As accelerate's under a device map do."""
+    calls = []
+    combine = sparse._combine
+    monkeypatch.setattr(sparse, "_combine", lambda *given: (calls.append(1), combine(*given))[1])
+    model = tiny_model(AutoModelForCausalLM, "llama", num_hidden_layers=4)
+    hfp.patch(model, mask=masks.sliding_window(4))
+    ids = token_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+        names = (*parts, *(f"model.layers.{i}" for i in range(4)))
+        places = dict.fromkeys(names, "cpu")
+        model = accelerate.dispatch_model(model, places, force_hooks=True, main_device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+    assert len(calls) == 2
+
+
+def test_a_mask_is_moved_once_to_a_device():
+    mask = AttentionMask(1, 4, 4, True, (-1, -1), torch.device("cpu"), seqused_k=torch.tensor([3]))
+    moved = mask.to("meta")
+    assert moved is mask.to(torch.device("meta"), non_blocking=True)
+    assert moved.device.type == moved.seqused_k.device.type == "meta"
+    assert mask.to("cpu") is mask
+    assert mask.seqused_k.device.type == "cpu"
+
+
+def test_pickled_models_work_where_this_package_is_not_imported(tmp_path):
+    """In processes that are spawned to share work, for one."""
+    model = tiny_model(AutoModelForCausalLM, "llama")
+    hfp.patch(model)
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys, torch\n"
+        "model = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "print(*model(torch.arange(5)[None]).logits.shape, model.config.to_json_string())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pkl")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert printed.startswith("1 5 ")
+    assert '"hfp": {' in printed
