@@ -82,7 +82,7 @@ class _Asked:
             arguments: names of what the model takes by position.
         """
         self._arguments = arguments
-        self.loss = self.promised = False
+        self.inside = self.loss = self.promised = self._warned = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Asked:
         return self  # peft copies an output layer alone; the model's hooks go on telling this
@@ -90,7 +90,7 @@ class _Asked:
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._arguments, args, strict=False)) | kwargs
         self.loss = any(given.get(name) is not None for name in ("labels", "shift_labels"))
-        self.promised = False
+        self.inside, self.promised = True, False
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         # None: it raised.
@@ -101,12 +101,25 @@ class _Asked:
                 "and apply it again.",
                 stacklevel=2,
             )
-        self.loss = False
+        self.inside = self.loss = False
+
+    def warn_outside(self) -> None:
+        """Says once that the output layer runs, to learn from, where nothing tells of labels."""
+        if self.inside or self._warned or not torch.is_grad_enabled():
+            return
+        self._warned = True
+        warnings.warn(
+            "chunked_loss has no effect where model.forward(...) is called directly, which runs no "
+            "hooks of the model: so do peft before 0.21, and AdaLoRA and adaption prompts of later "
+            "ones. Call the model itself.",
+            stacklevel=3,
+        )
 
 
 def _promise(asked: _Asked, options: dict[str, Any], head: nn.Linear, hidden: Tensor) -> Tensor:
     """The output layer's forward."""
     if not asked.loss:
+        asked.warn_outside()
         return type(head).forward(head, hidden)
     asked.promised = True
     return LazyLogits.of(hidden, head, len(head.weight), (), options)

@@ -109,8 +109,5 @@ def _gather_whole(module: nn.Module, changes: Changes) -> None:
 
 
 def _parameters(method: Callable[..., Any]) -> list[str]:
-    """Names of what a method must be given, itself included."""
-    empty = inspect.Parameter.empty
-    given = inspect.signature(method).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in given if p.default is empty and p.kind in kinds]
+    """Names of what a method takes, itself included: what is optional may be given, too."""
+    return list(inspect.signature(method).parameters)

@@ -271,6 +271,20 @@ def test_another_output_layer_is_told():
         step(model)
 
 
+def test_a_forward_that_runs_no_hooks_is_told_once():
+    """As adapters of peft before 0.21 call it."""
+    model = model_of("llama")
+    with chunked_loss(model):
+        with pytest.warns(UserWarning, match="has no effect where model.forward"):
+            model.forward(**batch())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.forward(**batch())
+            step(model)
+            with torch.no_grad():
+                model.forward(**batch())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_for_batches_of_several_lengths(family):
     """The second length compiles the model for any."""

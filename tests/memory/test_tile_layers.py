@@ -303,3 +303,21 @@ def test_results_that_tiles_cannot_make(tokens):
     ):
         with pytest.raises(hfp.UnsupportedModelError, match=f"Linear .* {what}"):
             tiled(function, owner, x, 4)
+
+
+class GatedMLP(torch.nn.Linear):
+    """May be given a second tensor, whose tokens a tile would not have."""
+
+    def forward(self, x, gate=None):
+        """A product, gated."""
+        return super().forward(x) if gate is None else super().forward(x) * gate
+
+
+def test_what_may_be_given_more_is_left_alone():
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.mlp = GatedMLP(model.config.hidden_size, model.config.hidden_size)
+    before = step(model)
+    with pytest.raises(hfp.UnsupportedModelError, match="has no layers"):
+        tile_layers(model, tile=8)
+    assert_same_step(step(model), before)
