@@ -72,7 +72,7 @@ def measure_apart(
     """
     # The fork server imports the libraries once; a process forked from it starts with a clean peak.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["__main__", "transformers.modeling_utils", __name__])
+    processes.set_forkserver_preload(["__main__", "transformers.modeling_utils"])
     receiver, sender = processes.Pipe(duplex=False)
     arguments = (sender, model, attention, contexts, device, dtype)
     process = processes.Process(target=measure, args=arguments)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..ops.arguments import DTYPES
+
 
 def to_compute_dtype(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -32,8 +34,8 @@ def _weight_dtype(module: nn.Module) -> torch.dtype | None:
     config = getattr(module, "config", None)
     if hasattr(config, "_is_quantized"):
         return getattr(config, "dtype", None)
-    # GPT-2 has no Linear but Conv1D: any matrix will do.
+    # GPT-2 has no Linear but Conv1D: any matrix will do, unless its values are only stored so.
     for parameter in module.parameters():
-        if parameter.ndim >= 2 and parameter.is_floating_point():
+        if parameter.ndim >= 2 and parameter.dtype in DTYPES:
             return parameter.dtype
     return None

@@ -103,7 +103,9 @@ def _pool(
     """Means (batch, heads, blocks, head_dim), fp32, and whether a block has tokens, bool (batch,
     blocks)."""
     batch, seqlen = x.shape[:2]
-    counts = torch.ones(batch, seqlen, device=x.device) if real is None else real.float()
+    if real is None:
+        real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
+    counts = real.float()
     pad = -seqlen % size
     total = torch.nn.functional.pad(x.float() * counts[..., None, None], (0, 0, 0, 0, 0, pad))
     total = total.unflatten(1, (-1, size)).sum(dim=2)

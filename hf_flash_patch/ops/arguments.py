@@ -68,12 +68,6 @@ class MaskArguments:
     block_mask: BlockMask | None = None
 
     @property
-    def kernel_ok(self) -> bool:
-        """Whether the compiled kernels can express this mask."""
-        lists = self.block_mask
-        return self.attn_bias is None and (lists is None or lists.block_size == KERNEL_BLOCK_SIZE)
-
-    @property
     def varlen(self) -> bool:
         """Whether the layout is (total, num_heads, head_dim)."""
         return self.cu_seqlens_q is not None or self.cu_seqlens_k is not None

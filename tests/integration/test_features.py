@@ -288,6 +288,12 @@ def test_fp32_tensors_in_a_bf16_module_are_cast_to_its_dtype():
     assert (out.float() - _reference(q, k, v, CAUSAL)).abs().max() < 0.05
 
 
+def test_fp32_tensors_beside_weights_stored_in_fp8_stay_fp32():
+    q, k, v = _tensors()
+    out, _ = hfp_attention(_Module().to(torch.float8_e4m3fn), q, k, v, None)
+    assert out.dtype == torch.float32
+
+
 def test_fp32_model_stays_fp32():
     q, k, v = _tensors()
     out, _ = hfp_attention(_Module(), q, k, v, None)

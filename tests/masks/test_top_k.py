@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 import hf_flash_patch as hfp
 from hf_flash_patch import MaskError, masks
 from hf_flash_patch.masks import BlockMask
-from hf_flash_patch.masks.top_k import TopKBlocks
+from hf_flash_patch.masks.top_k import TopKBlocks, _pool
 from tests.integration.tiny import assert_close, padding, tiny_model, token_ids
 
 SIZE = 32
@@ -176,3 +176,13 @@ def test_what_it_is_not():
     q, edges = torch.randn(20, 2, 8), torch.tensor([0, 20], dtype=torch.int32)
     with pytest.raises(MaskError, match="is for the dense layout"):
         hfp.flash_attn_varlen_func(q, q, q, edges, edges, 20, 20, block_mask=pattern)
+
+
+def test_the_default_dtype_does_not_matter():
+    x, real = torch.randn(1, 64, 2, 8), torch.ones(1, 64, dtype=torch.bool)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for padding_mask in (None, real):
+            assert _pool(x, padding_mask, SIZE)[0].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
