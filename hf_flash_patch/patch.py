@@ -273,8 +273,14 @@ def _refuse_patched(root: PreTrainedModel) -> None:
 
 
 def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
-    if backend == "auto":
-        backend = (getattr(config, "hfp", None) or {}).get("backend", "auto")
+    stored = (getattr(config, "hfp", None) or {}).get("backend", "auto")
+    if backend == "auto" and stored != "auto":
+        try:
+            return _chosen_backend(stored, config)
+        except UnsupportedKernelError as error:
+            raise UnsupportedKernelError(
+                f"{error} It stands in model.config.hfp; del model.config.hfp['backend'] takes it out."
+            ) from None
     if backend not in BACKENDS:
         raise UnsupportedKernelError(
             f"backend={backend!r}; allowed are {', '.join(map(repr, BACKENDS))}."

@@ -171,6 +171,9 @@ def test_cuda_backend_without_the_extension(llama, monkeypatch):
     with pytest.raises(hfp.UnsupportedKernelError, match="compiled kernels: no nvcc here"):
         hfp.patch(llama, backend="cuda")
     assert _state(llama) == before
+    llama.config.hfp = {"backend": "cuda"}
+    with pytest.raises(hfp.UnsupportedKernelError, match="no nvcc here.*stands in model.config.hf"):
+        hfp.patch(llama)
 
 
 def test_flash_attn_backend_without_the_package(llama, monkeypatch):

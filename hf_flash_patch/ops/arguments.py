@@ -156,7 +156,7 @@ class MaskArguments:
             ("max_seqlen_q", self.max_seqlen_q),
             ("max_seqlen_k", self.max_seqlen_k),
         ):
-            if length is None or isinstance(length, torch.Tensor) or length < 0:
+            if not _is_whole(length, 0):
                 raise MaskError(
                     f"{name} is {length!r}; it has to be an int >= 0, the longest sequence. Read "
                     "it once where cu_seqlens is made: reading it from a tensor here would "
@@ -236,6 +236,11 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, varlen: 
     Raises:
         UnsupportedKernelError: naming the tensor and what it should be.
     """
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        if type(given) is not torch.Tensor and not isinstance(given, torch.Tensor):
+            raise UnsupportedKernelError(
+                f"{name} is of type {type(given).__name__}; it has to be a tensor."
+            )
     layout = "(total, num_heads, head_dim)" if varlen else "(batch, seqlen, num_heads, head_dim)"
     rank, dtype, device = 3 if varlen else 4, q.dtype, q.device
     if dtype not in DTYPES:
@@ -294,10 +299,12 @@ def check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, varlen: 
         )
 
 
-def _is_side(side: Any) -> bool:
-    # isinstance(..., torch.Tensor) is a call of Python: the usual int first.
-    plain = type(side) is int or not isinstance(side, (bool, float, torch.Tensor))
-    return plain and side >= -1
+def _is_whole(number: Any, least: int) -> bool:
+    """Whether it is an integer of at least so much; NumPy's and symbolic ones are."""
+    if type(number) is int:  # isinstance(..., torch.Tensor) is a call of Python: the usual first
+        return number >= least
+    no_integer = isinstance(number, (bool, float, torch.Tensor))
+    return not no_integer and _within(number, least, sys.maxsize)
 
 
 def _within(number: Any, least: float, most: float) -> bool:
@@ -339,7 +346,7 @@ def check_options(
             "head_dim ** -0.5."
         )
     sides = window_size if isinstance(window_size, (tuple, list)) else ()
-    if len(sides) != 2 or not all(map(_is_side, sides)):
+    if len(sides) != 2 or not all(_is_whole(side, -1) for side in sides):
         raise MaskError(
             f"window_size is {window_size!r}; it has to be two ints (left, right), tokens on "
             "either side of the diagonal, with -1 for no limit."

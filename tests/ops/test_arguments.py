@@ -22,6 +22,8 @@ K = randn(2, 8, 2, 16)
 
 TENSORS = {
     "rank": ((Q[0], K, K), r"q has rank 3 and shape \(8, 4, 16\).*flash_attn_varlen_func"),
+    "list": (([1.0], K, K), "q is of type list; it has to be a tensor"),
+    "array": ((Q, K.numpy(), K), "k is of type ndarray; it has to be a tensor"),
     "dtype": ((Q.long(), K, K), r"q has dtype torch.int64; it has to be one of torch.bfloat16"),
     "dtypes": (
         (Q, K.bfloat16(), K),
@@ -62,6 +64,7 @@ OPTIONS = {
     "scale text": ({"softmax_scale": "a"}, "softmax_scale is 'a'; it has to be a finite number"),
     "dropout none": ({"dropout_p": None}, "dropout_p is None; it has to be a probability"),
     "window": ({"window_size": (-2, 0)}, r"window_size is \(-2, 0\); it has to be two ints"),
+    "window none": ({"window_size": (None, 0)}, r"window_size is \(None, 0\)"),
     "window float": ({"window_size": (1.0, 0)}, r"window_size is \(1.0, 0\)"),
     "window one": ({"window_size": 3}, "window_size is 3; it has to be two ints"),
     "window length": ({"window_size": (1, 2, 3)}, r"window_size is \(1, 2, 3\)"),
@@ -125,6 +128,8 @@ VARLEN = {
     "last": ((CU, cumulative([3, 4]), 5, 5), r"\[0, 3, 7\].*end at 8, the number of tokens in k"),
     "longest": ((CU, CU, 5, 4), "max_seqlen_k is 4, but cu_seqlens_k holds a sequence of 5"),
     "no longest": ((CU, CU, None, 5), "max_seqlen_q is None; it has to be an int"),
+    "longest of text": ((CU, CU, "5", 5), "max_seqlen_q is '5'; it has to be an int"),
+    "longest not whole": ((CU, CU, 5.0, 5), "max_seqlen_q is 5.0; it has to be an int"),
     "tensor": ((CU, CU, 5, CU[2]), "max_seqlen_k is .*would synchronise"),
 }
 
