@@ -279,7 +279,8 @@ def _chosen_backend(backend: str, config: PreTrainedConfig) -> str:
             return _chosen_backend(stored, config)
         except UnsupportedKernelError as error:
             raise UnsupportedKernelError(
-                f"{error} It stands in model.config.hfp; del model.config.hfp['backend'] takes it out."
+                f"{error} It stands in model.config.hfp: del model.config.hfp['backend'] to be rid "
+                "of it."
             ) from None
     if backend not in BACKENDS:
         raise UnsupportedKernelError(

@@ -13,18 +13,10 @@ from transformers import PreTrainedModel
 
 from ..errors import ContextExtensionError
 from ..families import Family, family_of
+from ..integration.living import undo_on
 from ..integration.wrappers import holders
 from . import tables
-from .plan import (
-    Change,
-    Settings,
-    copies_of,
-    record_of,
-    set_attribute,
-    set_buffer,
-    set_record,
-    undo_on,
-)
+from .plan import Change, Settings, copies_of, record_of, set_attribute, set_buffer, set_record
 
 # The best without training on a pretrained encoder; the figures are in docs/context.md.
 AUTO = "tile"

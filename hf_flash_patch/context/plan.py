@@ -8,8 +8,6 @@ leaves behind refers to the model weakly: a patch must not keep it alive.
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import ContextExtensionError
 from ..integration.configs import CONTEXT_RECORD
+from ..integration.living import undo_on
 from ..integration.survey import configs_of
 
 
@@ -101,19 +100,6 @@ def copies_of(root: nn.Module, config: Any, *names: str) -> list[Any]:
 
     wanted = key(config)
     return [other for other in configs_of(root) if other is config or key(other) == wanted]
-
-
-def undo_on(
-    undo: contextlib.ExitStack, owner: Any, function: Callable[..., Any], *arguments: Any
-) -> None:
-    """Have function(owner, *arguments) called at undo, if the owner still lives then."""
-
-    def call(reference: weakref.ref[Any]) -> None:
-        living = reference()
-        if living is not None:
-            function(living, *arguments)
-
-    undo.callback(call, weakref.ref(owner))
 
 
 def set_attribute(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:

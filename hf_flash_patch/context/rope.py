@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ContextExtensionError
 from ..integration.configs import quiet_transformers
+from ..integration.living import undo_on
 from . import scaling
-from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record, undo_on
+from .plan import Change, Settings, copies_of, record_of, set_attribute, set_record
 
 # Layers that see a window of neighbours never meet a distance they were not trained with.
 _LOCAL = ("sliding_attention", "chunked_attention")

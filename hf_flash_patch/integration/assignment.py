@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from .. import masks
 from ..errors import MaskError
 from ..masks.pattern import Pattern
 from ..masks.text import parse
+from .living import undo_on
 from .sparse import PATTERN_ATTRIBUTE
 from .survey import AttentionModule
 
@@ -154,13 +154,11 @@ def set_patterns(
     for entry in modules:
         module = root.get_submodule(entry.name)
         before = {key: vars(module)[key] for key in (PATTERN_ATTRIBUTE,) if key in vars(module)}
-        undo.callback(_put_back, weakref.ref(module), before)
+        undo_on(undo, module, _put_back, before)
         setattr(module, PATTERN_ATTRIBUTE, patterns.get(entry.name))
 
 
-def _put_back(reference: weakref.ref[nn.Module], before: dict[str, Pattern | None]) -> None:
+def _put_back(module: nn.Module, before: dict[str, Pattern | None]) -> None:
     """What the module had: nothing, or, in a copy of a patched model, the original's pattern."""
-    module = reference()
-    if module is not None:
-        vars(module).pop(PATTERN_ATTRIBUTE, None)
-        vars(module).update(before)
+    vars(module).pop(PATTERN_ATTRIBUTE, None)
+    vars(module).update(before)

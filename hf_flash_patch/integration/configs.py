@@ -7,16 +7,33 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .living import living
+from .living import living, undo_on
 from .survey import configs_of
 
 CONTEXT_RECORD = "context"  # key in config.hfp of what an extension of the context did
+
+
+@dataclass(eq=False)
+class _Loan:
+    """Shared configs that a model gets back; there as long as the way back is.
+
+    Attributes:
+        root: the model.
+        configs: which nobody may change meanwhile.
+    """
+
+    root: weakref.ref[PreTrainedModel]
+    configs: list[Any]
+
+
+_loans: weakref.WeakSet[_Loan] = weakref.WeakSet()
 
 
 class Stored(dict):
@@ -27,7 +44,7 @@ class Stored(dict):
 def own_configs(
     root: PreTrainedModel, keeps: str, undo: contextlib.ExitStack
 ) -> tuple[dict[int, Any], list[str]]:
-    """Give `root` configs of its own, if another living model uses one of them.
+    """Give `root` configs of its own, if another living model uses one of them or gets it back.
 
     Args:
         root: the model.
@@ -52,10 +69,15 @@ def own_configs(
 
 
 def _other_owners(root: PreTrainedModel) -> list[str]:
-    """Class names of living models, neither in nor around `root`, that use one of its configs."""
+    """Class names of living models, neither in nor around `root`, that use one of its configs, or
+    get it back when their patch is undone."""
     configs = set(map(id, configs_of(root)))
     mine = set(map(id, root.modules()))
     names = []
+    for loan in _loans:
+        other = loan.root()
+        if other is not None and id(other) not in mine and configs & set(map(id, loan.configs)):
+            names.append(type(other).__name__)
     for candidate in living(PreTrainedModel):
         if id(candidate) in mine:
             continue
@@ -69,19 +91,21 @@ def _other_owners(root: PreTrainedModel) -> list[str]:
 def _give_own_configs(root: PreTrainedModel, undo: contextlib.ExitStack) -> dict[int, Any]:
     """Replace every config object in `root` by a copy, nested ones consistently."""
     memo: dict[int, Any] = {}
-    replacements = {id(config): copy.deepcopy(config, memo) for config in configs_of(root)}
+    shared = configs_of(root)
+    replacements = {id(config): copy.deepcopy(config, memo) for config in shared}
+    loan = _Loan(weakref.ref(root), shared)
+    _loans.add(loan)
+    undo.callback(_loans.discard, loan)
     for module in root.modules():
         for name, value in list(vars(module).items()):
             if id(value) in replacements:
-                undo.callback(_put_back, weakref.ref(module), name, value)
+                undo_on(undo, module, _set, name, value)
                 vars(module)[name] = replacements[id(value)]
     return replacements
 
 
-def _put_back(reference: weakref.ref[nn.Module], name: str, value: Any) -> None:
-    module = reference()
-    if module is not None:
-        vars(module)[name] = value
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    vars(module)[name] = value
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
-"""All living objects of some classes: who else refers to what is about to be changed."""
+"""What lives: who else refers to what is about to be changed, and what it takes to undo that."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 
@@ -17,3 +20,16 @@ def living(*classes: type) -> list[Any]:
     types = list(map(type, objects))
     wanted = {kind for kind in set(types) if issubclass(kind, classes)}
     return [objects[i] for i, kind in enumerate(types) if kind in wanted]
+
+
+def undo_on(
+    undo: contextlib.ExitStack, owner: Any, function: Callable[..., Any], *arguments: Any
+) -> None:
+    """Have function(owner, *arguments) called at undo, if the owner still lives then."""
+
+    def call(reference: weakref.ref[Any]) -> None:
+        there = reference()
+        if there is not None:
+            function(there, *arguments)
+
+    undo.callback(call, weakref.ref(owner))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any, cast
 
 import torch
@@ -13,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..errors import ParallelError
 from ..families import family_of
+from ..integration.living import undo_on
 from .batch import IGNORED, Batch
 from .groups import Groups
 
@@ -42,7 +42,7 @@ class Loss:
         self._function = root.loss_function
         before = vars(root).get("_loss_function")
         vars(root)["_loss_function"] = self._of_part
-        undo.callback(_put_back, weakref.ref(root), before)
+        undo_on(undo, root, _put_back, before)
 
     def begin(self, batch: Batch) -> None:
         """A call of the model starts."""
@@ -90,12 +90,10 @@ class Loss:
         return self._function(logits, labels, *args, **kwargs | {"num_items_in_batch": items})
 
 
-def _put_back(reference: weakref.ref[nn.Module], before: Any) -> None:
-    root = reference()
-    if root is not None:
-        vars(root).pop("_loss_function", None)
-        if before is not None:
-            vars(root)["_loss_function"] = before
+def _put_back(root: nn.Module, before: Any) -> None:
+    vars(root).pop("_loss_function", None)
+    if before is not None:
+        vars(root)["_loss_function"] = before
 
 
 class _Total(torch.autograd.Function):

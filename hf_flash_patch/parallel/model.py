@@ -17,6 +17,7 @@ from ..errors import MaskError, ParallelError
 from ..families import family_of
 from ..integration.assignment import heads_of, is_cross
 from ..integration.attention_mask import AttentionMask
+from ..integration.living import undo_on
 from ..integration.sharing import SHARE_ATTRIBUTE, set_whole_sequence, share_of
 from ..integration.sparse import pattern_of
 from ..integration.survey import calls_us, pretrained_roots, survey
@@ -163,7 +164,7 @@ class SequenceParallel:
         with contextlib.ExitStack() as undo:
             for module in modules:
                 setattr(module, SHARE_ATTRIBUTE, self)
-                undo.callback(_forget, weakref.ref(module))
+                undo_on(undo, module, _forget)
             undo.callback(root.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             undo.callback(root.register_forward_hook(self._leave, always_call=True).remove)
             self._loss.take_over(root, undo)
@@ -278,7 +279,5 @@ class SequenceParallel:
         return f"SequenceParallel({self})"
 
 
-def _forget(reference: weakref.ref[nn.Module]) -> None:
-    module = reference()
-    if module is not None:
-        vars(module).pop(SHARE_ATTRIBUTE, None)
+def _forget(module: nn.Module) -> None:
+    vars(module).pop(SHARE_ATTRIBUTE, None)

@@ -91,6 +91,21 @@ def test_5_a_shared_config_does_not_switch_another_model():
     del second
 
 
+def test_5_a_shared_config_that_is_to_be_given_back_is_not_changed():
+    config = tiny_config("llama")
+    config._attn_implementation = "eager"
+    first, second = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match="shared its config object"):
+        one = hfp.patch(first)
+    with pytest.warns(UserWarning, match="shared its config object"):
+        other = hfp.patch(second, mask=hfp.masks.sliding_window(2))
+    one.restore()
+    assert first.config is config and config._attn_implementation == "eager"
+    assert not hasattr(config, "hfp") and second.config._attn_implementation == "hfp"
+    other.restore()
+    assert second.config is first.config is config and not hasattr(config, "hfp")
+
+
 def test_6_what_is_not_saved_is_restored_without_arguments(tmp_path):
     model = tiny_model(AutoModelForCausalLM, "llama")
     hfp.patch(model, backend="torch")
