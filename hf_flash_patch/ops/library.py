@@ -225,13 +225,14 @@ def call_attention(
 
     Raises:
         UnsupportedKernelError: a compiled part calls it in a checkpoint that keeps its results; or
-            a forward-mode derivative is asked for.
+            a forward-mode derivative, or one by torch.func, is asked for.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _ops.attention(q, k, v, *rest)
     if forward_ad._current_level >= 0:
         _refuse_tangents(q, k, v)
     if torch._C._are_functorch_transforms_active():
+        _refuse_func_grad()
         return _ops.attention(q, k, v, *rest)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Attention.apply(q, k, v, rest)
@@ -244,6 +245,16 @@ def _refuse_tangents(*tensors: torch.Tensor) -> None:
         raise UnsupportedKernelError(
             "a forward-mode derivative (jvp) was asked for, which this attention does not compute. "
             "Use reverse mode, or eager attention."
+        )
+
+
+def _refuse_func_grad() -> None:
+    # torch's autograd of an operator's Python formula has no form for it; vmap alone works.
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if any(level.key() == torch._C._functorch.TransformType.Grad for level in stack):
+        raise UnsupportedKernelError(
+            "a gradient by torch.func (grad, vjp, jacrev) was asked for, which this attention does "
+            "not compute. Use torch.autograd, or eager attention."
         )
 
 

@@ -253,6 +253,32 @@ def test_vmap_keeps_gradients():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, torch.func.vmap], ids=["alone", "in vmap"])
+def test_gradients_of_torch_func_are_refused(wrap):
+    q = torch.randn(3, 1, 12, 2, 8)
+
+    def step(q):
+        return flash_attn_func(q, q, q, softcap=5.0).sum()
+
+    for function in (wrap(torch.func.grad(step)), torch.func.grad(lambda q: wrap(step)(q).sum())):
+        with pytest.raises(UnsupportedKernelError, match="by torch.func"):
+            function(q if wrap is torch.func.vmap else q[0])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traced_with_gradients():
+    q = torch.randn(1, 12, 2, 8, requires_grad=True)
+
+    def step(q):
+        return flash_attn_func(q, q, q, causal=True, softcap=5.0)
+
+    traced = torch.jit.trace(step, (q,), check_trace=False)
+    other = torch.randn(1, 12, 2, 8, requires_grad=True)
+    torch.testing.assert_close(traced(other), step(other))
+    grads = [torch.autograd.grad(f(other).square().sum(), other)[0] for f in (traced, step)]
+    torch.testing.assert_close(*grads)
+
+
 def test_forward_mode_is_refused():
     """Whose derivatives would be lost in silence, and come out as zeros."""
     q = torch.randn(1, 12, 2, 8)
